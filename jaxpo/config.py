@@ -3,8 +3,10 @@
 The docstring of each class says what its fields mean; a field's default is what a config that leaves it out gets.
 """
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -18,7 +20,8 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 AxisSize = Annotated[int, Field(ge=-1)]
 Dtype = Literal["float32", "bfloat16"]
-Format = Literal["auto", "pairs", "transcripts", "helpsteer3", "conversations", "completions", "messages", "text"]
+Named = Annotated[str, Field(min_length=1)]
+Format = Literal["auto", "pairs", "transcripts", "helpsteer3", "conversations", "alpaca", "completions", "messages", "text"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -26,7 +29,7 @@ class ScratchTokenizer:
     """A byte-level BPE tokenizer trained on the text of `data.train`; `vocab_size` counts the special tokens."""
 
     vocab_size: Annotated[int, Field(ge=260)] = 1024
-    chat_template: str = "chatml"
+    chat_template: Named = "chatml"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -42,15 +45,15 @@ class Scratch:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    """The model to train: a folder or hub id in `path`, the result of an earlier stage as `path: stage:NAME`, or `scratch`.
+    """The model to train: `path` is a folder, a hub id or `stage:NAME`, the result of an earlier stage; or `scratch`.
 
     dtype: of the master weights and the optimizer state. compute_dtype: of the matrix multiplications; logits, softmax
     and losses are float32 always. remat: what the backward pass recomputes: nothing, everything but the layers' inputs
     (`full`), or everything but matrix products (`dots`); attention probabilities are recomputed always.
     """
 
-    path: str | None = None
-    revision: str | None = None
+    path: Named | None = None
+    revision: Named | None = None
     scratch: Scratch | None = None
     dtype: Dtype = "float32"
     compute_dtype: Dtype = "bfloat16"
@@ -59,17 +62,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataSource:
-    """A set of rows: a hub dataset id, a folder of `save_to_disk`, a .json, .jsonl[.gz] or .parquet file, or `jaxpo:NAME`.
+    """A set of rows: a hub dataset id, a folder of `save_to_disk`, a .json, .jsonl[.gz], .parquet file or `jaxpo:NAME`.
 
-    name: the dataset's configuration on the hub. format: how rows are read; `auto` looks at the columns. weight: share of
-    this source among the examples of an epoch, relative to the other sources' (all or none of them have one; without,
-    every example is seen once an epoch). limit: only the first rows.
+    name: the dataset's configuration on the hub. format: how rows are read; `auto` looks at the columns. weight: share
+    of this source among the examples of an epoch, relative to the other sources' (all or none of them have one;
+    without, every example is seen once an epoch). limit: only the first rows.
     """
 
-    path: str
-    split: str = "train"
-    name: str | None = None
-    revision: str | None = None
+    path: Named
+    split: Named = "train"
+    name: Named | None = None
+    revision: Named | None = None
     format: Format = "auto"
     weight: PositiveFloat | None = None
     limit: PositiveInt | None = None
@@ -89,7 +92,7 @@ class DataConfig:
     max_length: PositiveInt = 1024
     max_prompt_length: PositiveInt | None = None
     truncate_prompt: Literal["left", "right"] = "left"
-    chat_template: str | None = None
+    chat_template: Named | None = None
     shuffle: bool = True
     cache_dir: Path = Path("~/.cache/jaxpo/data")
     workers: PositiveInt | None = None
@@ -100,16 +103,16 @@ class ReferenceConfig:
     """The reference model, a table of log-probs in `cache_dir`; `path` names another model than the one to train."""
 
     cache_dir: Path = Path("~/.cache/jaxpo/reference")
-    path: str | None = None
-    revision: str | None = None
+    path: Named | None = None
+    revision: Named | None = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainingConfig:
     """The course of the training.
 
-    batch_size: examples of an optimizer step, exactly, whatever the packing. row_length and rows_per_device: tokens in a
-    packed row, and rows that one device computes at once; they change speed and memory, never the result. packing and
+    batch_size: examples of an optimizer step, exactly, whatever the packing. row_length and rows_per_device: tokens in
+    a packed row, and rows that one device computes at once; they change speed and memory, never the result. packing and
     share_prompt: off for comparisons only. num_epochs or max_steps, whichever ends first. eval_every, save_every: in
     steps; null means only before and after. best_metric: an `eval_` metric whose best checkpoint is kept too.
     """
@@ -124,7 +127,7 @@ class TrainingConfig:
     eval_every: PositiveInt | None = None
     save_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 3
-    best_metric: str | None = None
+    best_metric: Named | None = None
     best_mode: Literal["min", "max"] = "max"
     seed: NonNegativeInt = 0
     max_grad_norm: PositiveFloat | None = 1.0
@@ -140,7 +143,7 @@ class OptimizerConfig:
     name: Literal["adamw"] = "adamw"
     learning_rate: PositiveFloat = 5.0e-7
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_ratio: Fraction = 0.1
+    warmup_ratio: Fraction = 0.0
     warmup_steps: NonNegativeInt | None = None
     min_learning_rate_ratio: Fraction = 0.0
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
@@ -150,7 +153,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MeshConfig:
-    """Devices along each axis: copies (`data`), sharded states (`fsdp`), sharded layers (`tensor`); -1 takes the rest."""
+    """Devices along each axis: copies (`data`), sharded states (`fsdp`), sharded layers (`tensor`); -1 for the rest."""
 
     data: AxisSize = 1
     fsdp: AxisSize = -1
@@ -161,7 +164,7 @@ class MeshConfig:
 class WandbConfig:
     """Weights & Biases: the project, and what else `wandb.init` takes under these names."""
 
-    project: str
+    project: Named
     name: str | None = None
     entity: str | None = None
     mode: Literal["online", "offline"] = "online"
@@ -186,7 +189,7 @@ class SamplesConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExportConfig:
-    """The Hugging Face folder: its dtype (null: model.dtype), and whether the last or the best checkpoint goes into it."""
+    """The Hugging Face folder: its dtype (null: model.dtype), and which checkpoint it holds, the last or the best."""
 
     dtype: Dtype | None = None
     checkpoint: Literal["last", "best"] = "last"
@@ -212,3 +215,101 @@ class Run:
     samples: SamplesConfig = SamplesConfig()
     export: ExportConfig = ExportConfig()
     stages: dict[str, "Run"] = Field(default_factory=dict)
+
+
+class Mistake(NamedTuple):
+    """What is wrong with a configuration whose types are right: the key, as a path, and the message, which names it."""
+
+    path: tuple[str | int, ...]
+    text: str
+
+
+STAGE = "stage:"
+
+
+def check(run: Run) -> list[Mistake]:
+    """The mistakes that only show between keys, in the order of the keys; none means that the run makes sense."""
+    mistakes = [] if run.output_dir else [Mistake((), "output_dir is missing; expected the folder to put the run into")]
+    earlier: list[str] = []
+    for name, stage in run.stages.items():
+        place = ("stages", name)
+        if not re.fullmatch(r"[\w-]+", name):
+            mistakes.append(
+                Mistake(place, f"stages: the name {name!r} becomes a folder; expected letters, digits, _ and - only")
+            )
+        if stage.stages:
+            mistakes.append(Mistake((*place, "stages"), f"stages.{name}.stages: a stage cannot have stages of its own"))
+        if stage.output_dir is not None:
+            text = f"stages.{name}.output_dir: a stage has its place, OUTPUT_DIR/stages/{name}; leave this key out"
+            mistakes.append(Mistake((*place, "output_dir"), text))
+        mistakes += _check_single(stage, place, earlier)
+        earlier.append(name)
+    return [*mistakes, *_check_single(run, (), earlier)]
+
+
+def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterator[Mistake]:
+    """The mistakes within one run, which may start from `stages`; `place` is the path of the run itself."""
+
+    def mistake(key: str, text: str) -> Mistake:
+        path = (*place, *key.split("."))
+        return Mistake(path, f"{'.'.join(path)} {text}")
+
+    model, data, reference, training, optimizer = run.model, run.data, run.reference, run.training, run.optimizer
+    if model.path is None and model.scratch is None:
+        yield mistake("model", "has neither path nor scratch; expected one of them")
+    if model.path is not None and model.scratch is not None:
+        yield mistake("model.scratch", "stands beside model.path; expected one of them: a new model or an existing one")
+    for key, path, revision in (
+        ("model", model.path, model.revision),
+        ("reference", reference.path, reference.revision),
+    ):
+        if path and path.startswith(STAGE) and path.removeprefix(STAGE) not in stages:
+            known = ", ".join(STAGE + name for name in stages) or "another model, for there is none"
+            yield mistake(f"{key}.path", f'is "{path}", which names no earlier stage; expected {known}')
+        if revision and (path is None or path.startswith(STAGE)):
+            yield mistake(f"{key}.revision", f"has no effect without a hub id in {key}.path; leave it out")
+    if reference.path is not None and not run.objective.uses_reference:
+        text = f"has no effect: the objective {run.objective.name} uses no reference model; leave it out"
+        yield mistake("reference.path", text)
+
+    if not data.train:
+        yield mistake("data.train", "is empty; expected a list of at least one source, such as {path: my-pairs.jsonl}")
+    for split, sources in (("train", data.train), ("eval", data.eval)):
+        weighted = [source.weight is not None for source in sources]
+        if any(weighted) and not all(weighted):
+            text = f"is missing where other sources have one; expected a weight for all of data.{split} or for none"
+            yield mistake(f"data.{split}.{weighted.index(False)}.weight", text)
+    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
+        text = f"is {data.max_prompt_length}; expected less than data.max_length, {data.max_length}, "
+        yield mistake("data.max_prompt_length", text + "which has to hold a prompt and its completion")
+
+    if training.row_length < data.max_length:
+        text = f"is {training.row_length}; expected at least data.max_length, {data.max_length}: "
+        text += "a packed row holds whole examples, and a prompt with one completion may be that long"
+        yield mistake("training.row_length", text)
+    if training.eval_every is not None and not data.eval:
+        text = f"is {training.eval_every} but data.eval is empty; expected data to evaluate"
+        yield mistake("training.eval_every", text)
+    if training.best_metric is not None and not training.best_metric.startswith("eval_"):
+        text = f'is "{training.best_metric}"; expected a metric of the evaluation, such as eval_rewards/accuracies'
+        yield mistake("training.best_metric", text)
+    if training.best_metric is not None and not data.eval:
+        yield mistake("training.best_metric", "needs an evaluation but data.eval is empty; expected data to evaluate")
+    if run.export.checkpoint == "best" and training.best_metric is None:
+        yield mistake("export.checkpoint", "is best but training.best_metric is not set; expected a metric to judge by")
+
+    steps, warmup = training.max_steps, optimizer.warmup_steps
+    if steps is not None and warmup is not None and warmup >= steps:
+        text = f"is {warmup}; expected less than training.max_steps, {steps}: the warmup would never end"
+        yield mistake("optimizer.warmup_steps", text)
+    if optimizer.schedule == "constant" and optimizer.min_learning_rate_ratio > 0.0:
+        text = "has no effect with optimizer.schedule constant; leave it out, or take linear or cosine"
+        yield mistake("optimizer.min_learning_rate_ratio", text)
+
+    axes = {"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor}
+    for axis, size in axes.items():
+        if size == 0:
+            yield mistake(f"mesh.{axis}", "is 0; expected a number of devices, or -1 for all that the other axes leave")
+    if list(axes.values()).count(-1) > 1:
+        rest = " and ".join(f"mesh.{axis}" for axis, size in axes.items() if size == -1)
+        yield mistake("mesh", f"leaves it to {rest} to take the devices that are left; expected one -1 at most")

@@ -1,0 +1,158 @@
+"""Packing: examples into rows of tokens, the prompt stored once. Pure NumPy, deterministic, exact.
+
+Legend (see `jaxpo.batch`): M microbatches of R rows of T tokens, S = T scored tokens, X example slots, K completions.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpo.batch import Example, PackedBatch
+from jaxpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How rows are laid out: tokens in a row, rows in a microbatch, several examples in a row or one, prompt once or K times."""
+
+    row_length: int
+    rows: int
+    packed: bool = True
+    share_prompt: bool = True
+
+    def size(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
+        """Tokens [N] that examples take in a row, from prompt lengths [N] and completion lengths [N, K]."""
+        copies = 1 if self.share_prompt else completions.shape[1]
+        return prompt * copies + completions.sum(axis=1)
+
+
+class Place(NamedTuple):
+    """Where an example lies: microbatch, row, slot."""
+
+    microbatch: int
+    row: int
+    slot: int
+
+
+def assign_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
+    """Rows of item indices by best-fit decreasing: each item goes where it leaves the least room. Ties go to the older row.
+
+    Every size is at most row_length. Items keep their order within a row.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        at = bisect_left(room, (sizes[item], -1))
+        if at < len(room):
+            left, row = room.pop(at)
+            rows[row].append(item)
+        else:
+            left, row = row_length, len(rows)
+            rows.append([item])
+        insort(room, (left - sizes[item], row))
+    return [sorted(row) for row in rows]
+
+
+def check_fits(packing: Packing, prompt: np.ndarray, completions: np.ndarray, names: Sequence[str]) -> None:
+    """Raise UserError unless every example (prompt [N], completions [N, K] tokens, N names) fits into a row."""
+    sizes = packing.size(prompt, completions)
+    if len(sizes) and (largest := int(sizes.argmax())) >= 0 and sizes[largest] > packing.row_length:
+        raise UserError(
+            f"training.row_length is {packing.row_length}, but example {names[largest]} takes {sizes[largest]} tokens "
+            f"({prompt[largest]} of prompt, {' + '.join(map(str, completions[largest]))} of completions), and "
+            f"{int((sizes > packing.row_length).sum())} of {len(sizes)} examples are longer than a row. "
+            f"Expected a row_length of at least {sizes[largest]}, or a smaller data.max_length."
+        )
+
+
+def bucket(n: int) -> int:
+    """The next power of two: array shapes come in few sizes, so that few programs are compiled."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def pack(
+    examples: Sequence[Example], reference_logps: np.ndarray | None, packing: Packing
+) -> tuple[PackedBatch, list[Place]]:
+    """Pack a batch of examples, all of K completions; reference_logps [N, K] (zeros where None) travels along.
+
+    Returns the batch and the place of each example. Shapes are a function of the examples and the packing alone, so a
+    resumed run sees the same ones.
+    """
+    T, R = packing.row_length, packing.rows
+    K = len(examples[0].completions)
+    prompt_lengths = np.array([len(e.prompt) for e in examples])
+    completion_lengths = np.array([[len(c) for c in e.completions] for e in examples])
+    check_fits(packing, prompt_lengths, completion_lengths, [e.id for e in examples])
+    if packing.packed:
+        rows = assign_rows(packing.size(prompt_lengths, completion_lengths).tolist(), T)
+    else:
+        rows = [[i] for i in range(len(examples))]
+    num_microbatches = -(-len(rows) // R)
+    M = bucket(num_microbatches)
+    X = max(bucket(max(map(len, rows))), T // 32)
+
+    tokens, positions, segments, branches, target_positions, target_labels = np.zeros((6, M * R, T), np.int32)
+    target_slots = np.full((M * R, T), X * K, np.int32)
+    lengths = np.zeros((M * R, X, K), np.int32)
+    references = np.zeros((M * R, X, K), np.float32)
+    places = [Place(0, 0, 0)] * len(examples)
+    for r, row in enumerate(rows):
+        start, target, segment = 0, 0, 0
+        for x, i in enumerate(row):
+            prompt, completions = examples[i].prompt, examples[i].completions
+            P = len(prompt)
+            for k, completion in enumerate(completions):
+                if k == 0 or not packing.share_prompt:
+                    segment += 1
+                    span = slice(start, start + P)
+                    tokens[r, span] = prompt
+                    positions[r, span] = np.arange(P)
+                    segments[r, span] = segment
+                    start += P
+                    last_prompt_token = start - 1
+                C = len(completion)
+                span = slice(start, start + C)
+                tokens[r, span] = completion
+                positions[r, span] = np.arange(P, P + C)
+                segments[r, span] = segment
+                branches[r, span] = k + 1
+                # The last prompt token predicts the first completion token, each completion token the next one.
+                scored = slice(target, target + C)
+                target_positions[r, scored] = np.arange(start - 1, start - 1 + C)
+                target_positions[r, target] = last_prompt_token
+                target_labels[r, scored] = completion
+                target_slots[r, scored] = x * K + k
+                start += C
+                target += C
+            lengths[r, x] = completion_lengths[i]
+            places[i] = Place(r // R, r % R, x)
+            if reference_logps is not None:
+                references[r, x] = reference_logps[i]
+
+    def split(array: np.ndarray) -> np.ndarray:
+        return array.reshape(M, R, *array.shape[1:])
+
+    batch = PackedBatch(
+        tokens=split(tokens),
+        positions=split(positions),
+        segments=split(segments),
+        branches=split(branches),
+        target_positions=split(target_positions),
+        target_labels=split(target_labels),
+        target_slots=split(target_slots),
+        lengths=split(lengths),
+        reference_logps=split(references),
+        num_microbatches=np.int32(num_microbatches),
+        num_examples=np.int32(len(examples)),
+        num_tokens=np.int32(completion_lengths.sum()),
+    )
+    return batch, places
+
+
+def padding_fraction(batch: PackedBatch) -> float:
+    """The share of computed places that hold no token, over the microbatches in use."""
+    used = np.asarray(batch.segments)[: int(batch.num_microbatches)]
+    return float(1.0 - np.count_nonzero(used) / used.size)

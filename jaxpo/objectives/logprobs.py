@@ -1,0 +1,99 @@
+"""Log-probs of given tokens from hidden states, without the [tokens, vocabulary] logits.
+
+Legend: R rows, S scored tokens in a row (those in use come first), D hidden size, V vocabulary, C tokens of a chunk.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class TokenScores(NamedTuple):
+    """logps [R, S] float32, in nats, and correct [R, S] float32: 1 where the label was the likeliest token."""
+
+    logps: jax.Array
+    correct: jax.Array
+
+
+def token_scores(hidden_RSD: jax.Array, head_VD: jax.Array, labels_RS: jax.Array, used: jax.Array, chunk: int) -> TokenScores:
+    """Score labels [R, S] given the hidden states that predict them; head is [V, D], logits are float32.
+
+    Only the first `used` [] columns are computed, in chunks of `chunk` columns, which divides S; the rest is 0. The gradient
+    flows through logps. Nothing of size V outlives a chunk: the backward pass recomputes the logits from the saved
+    log-sum-exp, with dz = g (onehot(y) - softmax(z)), dh = dz W and dW = sum dz^T h.
+    """
+    if labels_RS.shape[1] % chunk:
+        raise ValueError(f"chunk {chunk} does not divide {labels_RS.shape[1]} scored tokens")
+    logps, correct = _scores(chunk, hidden_RSD, head_VD, labels_RS, used)
+    return TokenScores(logps, correct)
+
+
+def _columns(array: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(array, i * chunk, chunk, axis=1)
+
+
+def _logits(hidden_RCD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("rcd,vd->rcv", hidden_RCD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _is_label(labels_RC: jax.Array, V: int) -> jax.Array:
+    # A comparison instead of a gather: it partitions when the vocabulary is sharded, and fuses into the reductions.
+    return labels_RC[..., None] == lax.broadcasted_iota(labels_RC.dtype, (1, 1, V), 2)
+
+
+def _num_chunks(used: jax.Array, chunk: int) -> jax.Array:
+    return lax.div(used + chunk - 1, jnp.asarray(chunk, used.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scores(chunk, hidden_RSD, head_VD, labels_RS, used):
+    return _scores_forward(chunk, hidden_RSD, head_VD, labels_RS, used)[0]
+
+
+def _scores_forward(chunk, hidden_RSD, head_VD, labels_RS, used):
+    V = head_VD.shape[0]
+
+    def body(i, carry):
+        labels_RC = _columns(labels_RS, i, chunk)
+        logits_RCV = _logits(_columns(hidden_RSD, i, chunk), head_VD)
+        lse_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+        label_RC = jnp.where(_is_label(labels_RC, V), logits_RCV, 0.0).sum(axis=-1)
+        top_RC = (label_RC >= logits_RCV.max(axis=-1)).astype(jnp.float32)
+        parts = (label_RC - lse_RC, top_RC, lse_RC)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(whole, part, i * chunk, axis=1)
+            for whole, part in zip(carry, parts, strict=True)
+        )
+
+    zeros = jnp.zeros(labels_RS.shape, jnp.float32)
+    logps_RS, correct_RS, lse_RS = lax.fori_loop(0, _num_chunks(used, chunk), body, (zeros, zeros, zeros))
+    return (logps_RS, correct_RS), (hidden_RSD, head_VD, labels_RS, used, lse_RS)
+
+
+def _scores_backward(chunk, saved, gradients):
+    hidden_RSD, head_VD, labels_RS, used, lse_RS = saved
+    g_RS, _ = gradients
+    V = head_VD.shape[0]
+
+    def body(i, carry):
+        d_hidden_RSD, d_head_VD = carry
+        hidden_RCD = _columns(hidden_RSD, i, chunk)
+        probs_RCV = jnp.exp(_logits(hidden_RCD, head_VD) - _columns(lse_RS, i, chunk)[..., None])
+        onehot_RCV = _is_label(_columns(labels_RS, i, chunk), V).astype(jnp.float32)
+        d_logits_RCV = (_columns(g_RS, i, chunk)[..., None] * (onehot_RCV - probs_RCV)).astype(hidden_RCD.dtype)
+        d_hidden_RCD = jnp.einsum("rcv,vd->rcd", d_logits_RCV, head_VD, preferred_element_type=jnp.float32)
+        d_head_VD += jnp.einsum("rcv,rcd->vd", d_logits_RCV, hidden_RCD, preferred_element_type=jnp.float32)
+        d_hidden_RSD = lax.dynamic_update_slice_in_dim(
+            d_hidden_RSD, d_hidden_RCD.astype(hidden_RSD.dtype), i * chunk, axis=1
+        )
+        return d_hidden_RSD, d_head_VD
+
+    zeros = (jnp.zeros_like(hidden_RSD), jnp.zeros(head_VD.shape, jnp.float32))
+    d_hidden_RSD, d_head_VD = lax.fori_loop(0, _num_chunks(used, chunk), body, zeros)
+    return d_hidden_RSD, d_head_VD.astype(head_VD.dtype), None, None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)

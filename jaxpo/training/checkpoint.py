@@ -1,0 +1,84 @@
+"""Checkpoints through Orbax: written in the background, complete or absent, the last few and the best kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxpo.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path: what a checkpoint stores does not depend on our classes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def renamed(abstract: Any, leaves: dict[str, Any]) -> Any:
+    """The inverse of `named`, for a tree shaped like `abstract`."""
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
+
+
+class Checkpoints:
+    """The checkpoints of one run: a training state and a small JSON of progress at each saved step."""
+
+    def __init__(self, run_folder: Path, keep: int, best_metric: str | None, best_mode: str) -> None:
+        self._folder = (run_folder / FOLDER).absolute()
+        self._best_metric = best_metric
+        policies: list[Any] = [LatestN(n=keep)]
+        if best_metric is not None:
+            # Sorted by the metric, the last one is the best.
+            best = BestN(lambda m: m[best_metric], best_mode == "min", n=1, keep_checkpoints_without_metrics=False)
+            policies.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            best_fn=None if best_metric is None else lambda metrics: metrics[best_metric],
+            best_mode=best_mode,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
+
+    def latest(self) -> int | None:
+        """The last step that is safely on disk."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step whose best_metric is best."""
+        return self._manager.best_step()
+
+    def path(self, step: int) -> Path:
+        return self._folder / str(step)
+
+    def save(self, step: int, state: Any, progress: dict[str, Any], metrics: dict[str, Any] | None) -> None:
+        """Start to write a checkpoint; the state may be donated once this returns."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(named(state)), progress=ocp.args.JsonSave(progress))
+        ranked = metrics if self._best_metric is not None else None
+        try:
+            self._manager.save(step, args=items, metrics=ranked, force=True)
+        except OSError as error:
+            raise UserError(f"checkpoint {self.path(step)} could not be written: {error}.") from error
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The state saved at a step, on the shardings of `abstract`, and the progress saved with it."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(named(abstract)), progress=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"checkpoint {self.path(step)} cannot be read: {str(error).splitlines()[0]} Expected the state that this "
+                "run saved there. If the folder is damaged, delete it and start again: the run goes on from the "
+                "checkpoint before it."
+            ) from error
+        return renamed(abstract, restored["state"]), restored["progress"]
+
+    def wait(self) -> None:
+        """Return when all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()

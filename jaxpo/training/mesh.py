@@ -1,0 +1,86 @@
+"""The device mesh and where arrays live on it: one table from logical axes to mesh axes, kept out of the model's code."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpo.config import MeshConfig
+from jaxpo.errors import UserError
+from jaxpo.models.decoder import Decoder, DecoderConfig, logical_axes, map_params
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# A parameter's logical axis is split over this mesh axis; what is not named here is not split.
+RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices, data x fsdp x tensor; an axis of -1 takes what the others leave."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    devices = jax.device_count()
+    if -1 in sizes:
+        rest = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = devices // rest
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"mesh is data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which cannot cover the {devices} "
+            f"{jax.default_backend()} device(s) here: expected axes whose product is {devices} (-1 takes the rest)."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shardings on a mesh for everything a step touches."""
+
+    mesh: Mesh
+
+    @property
+    def batch_devices(self) -> int:
+        """Devices that a microbatch's rows are split over."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def rows(self) -> NamedSharding:
+        """For [M, R, ...] arrays of a packed batch."""
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
+
+    def constrain(self, activation: jax.Array) -> jax.Array:
+        """Keep an [R, ...] activation split by rows: without this the partitioner may move activations, not weights."""
+        spec = PartitionSpec(BATCH_AXES, *[PartitionSpec.UNCONSTRAINED] * (activation.ndim - 1))
+        return jax.lax.with_sharding_constraint(activation, NamedSharding(self.mesh, spec))
+
+    def gather_embedding(self, decoder: Decoder) -> Decoder:
+        """The decoder with an embedding that is whole along `embed`.
+
+        A lookup in a table split along `embed` leaves activations split along it, which the partitioner can only undo by
+        replicating them ("involuntary full rematerialization"); the table is the smaller thing to move.
+        """
+        whole = NamedSharding(self.mesh, PartitionSpec(RULES["vocab"]))
+
+        def gather(path: str, leaf: jax.Array) -> jax.Array:
+            even = leaf.shape[0] % self.mesh.shape[RULES["vocab"]] == 0
+            at = whole if even else self.replicated
+            return jax.lax.with_sharding_constraint(leaf, at) if path == "embedding" else leaf
+
+        return map_params(gather, decoder)
+
+    def parameter(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        """A parameter's sharding from its logical axes; an axis that does not divide evenly stays whole."""
+        spec = [RULES.get(axis or "") for axis in axes]
+        spec = [m if m and size % self.mesh.shape[m] == 0 else None for m, size in zip(spec, shape, strict=True)]
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def decoder(self, config: DecoderConfig, abstract: Any) -> Any:
+        """Shardings shaped like the decoder whose arrays (or their shapes) `abstract` holds."""
+        axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda x: isinstance(x, tuple))
+        leaves, tree = jax.tree.flatten(abstract)
+        return tree.unflatten([self.parameter(a.shape, names) for a, names in zip(leaves, axes, strict=True)])

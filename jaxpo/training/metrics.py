@@ -1,0 +1,139 @@
+"""Metrics on their way out: means on the host, metrics.jsonl, TensorBoard, Weights & Biases."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import jax
+
+from jaxpo.batch import Metric
+from jaxpo.config import LoggingConfig, Run
+from jaxpo.config_file import as_mapping
+from jaxpo.errors import UserError
+
+FILE = "metrics.jsonl"
+Record = dict[str, float | int | None]
+
+
+def total(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """The sum of metrics over steps or batches, on the host in float64."""
+    sums: dict[str, Metric] = {}
+    for part in jax.device_get(list(parts)):
+        for name, metric in part.items():
+            so_far = sums.get(name, (0.0, 0.0))
+            sums[name] = cast(Metric, (so_far[0] + float(metric.sum), so_far[1] + float(metric.weight)))
+    return {name: Metric(*pair) for name, pair in sums.items()}
+
+
+def means(metrics: Mapping[str, Metric], prefix: str = "") -> Record:
+    """Sum / weight of each metric, its name with a prefix; None where there was nothing to take the mean of."""
+    return {prefix + name: float(m.sum / m.weight) if m.weight else None for name, m in metrics.items()}
+
+
+def read(folder: Path) -> list[Record]:
+    """The records of a run so far; a last line cut by a crash is left out."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in whole]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}. Expected one JSON object per line; move the file away.") from None
+
+
+class Sink(Protocol):
+    """Somewhere metrics go."""
+
+    def write(self, step: int, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: a line per logged step, each flushed as it is written.
+
+    Opened at a step, it drops the lines after that step: a resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        kept = [r for r in read(folder) if (r["step"] or 0) <= step]
+        path = folder / FILE
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, record: Record) -> None:
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files under tensorboard/, written by tensorboardX."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "logging.tensorboard is true, but tensorboardX is not installed: pip install 'jaxpo[tensorboard]'."
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, record: Record) -> None:
+        for name, value in record.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run that a resumed training goes on with: its id is derived from the run's folder."""
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        assert run.logging.wandb is not None
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("logging.wandb is set, but wandb is not installed: pip install 'jaxpo[wandb]'.") from None
+        settings = run.logging.wandb
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        self._run: Any = wandb.init(
+            project=settings.project,
+            name=settings.name or folder.name,
+            entity=settings.entity,
+            mode=settings.mode,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(folder),
+            config=as_mapping(run),
+        )
+
+    def write(self, step: int, record: Record) -> None:
+        self._run.log({k: v for k, v in record.items() if v is not None}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sinks(run: Run, folder: Path, step: int) -> list[Sink]:
+    """The sinks that the config asks for; JSONL always."""
+    config: LoggingConfig = run.logging
+    sinks: list[Sink] = [JsonLines(folder, step)]
+    if config.tensorboard:
+        sinks.append(TensorBoard(folder, step))
+    if config.wandb is not None:
+        sinks.append(Wandb(folder, run))
+    return sinks

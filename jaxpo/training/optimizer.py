@@ -1,0 +1,51 @@
+"""The optimizer, from its settings to an optax transformation."""
+
+import math
+
+import optax
+
+from jaxpo.config import OptimizerConfig
+from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, map_params
+
+
+def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Step -> learning rate: a linear warmup from 0 (its first step is not 0), then the schedule to the last step.
+
+    As in transformers, the warmup of `warmup_ratio` is rounded up to whole steps.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(config.warmup_ratio * num_steps)
+    peak, floor = config.learning_rate, config.learning_rate * config.min_learning_rate_ratio
+    rest = max(1, num_steps - warmup)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, floor, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.min_learning_rate_ratio),
+    }[config.schedule]()
+    if not warmup:
+        return after
+    # The first update is step 0: (step + 1) / (warmup + 1) makes it a real one, and reaches the peak right after.
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def decays(config: DecoderConfig) -> Decoder:
+    """Shaped like the decoder: whether weight decay applies, which is to matrices, not to biases and norms."""
+    return map_params(lambda path, _: not path.endswith((".bias", ".scale")), abstract_decoder(config, "float32"))
+
+
+def make_optimizer(
+    config: OptimizerConfig, model: DecoderConfig, num_steps: int, max_grad_norm: float | None
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) after clipping by the global norm."""
+    b1, b2 = config.betas
+    adamw = optax.adamw(
+        learning_rate(config, num_steps),
+        b1=b1,
+        b2=b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decays(model),
+    )
+    return adamw if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw)
