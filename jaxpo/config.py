@@ -21,7 +21,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 AxisSize = Annotated[int, Field(ge=-1)]
 Dtype = Literal["float32", "bfloat16"]
 Named = Annotated[str, Field(min_length=1)]
-Format = Literal["auto", "pairs", "transcripts", "helpsteer3", "conversations", "alpaca", "completions", "messages", "text"]
+Format = Literal[
+    "auto", "pairs", "transcripts", "helpsteer3", "conversations", "alpaca", "completions", "messages", "text"
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -54,10 +54,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Run:
     return run
 
 
+def as_mapping(run: Run) -> dict[str, Any]:
+    """The run as JSON's types, every default written out."""
+    return _adapter().dump_python(run, mode="json")
+
+
 def dump(run: Run) -> str:
     """YAML from which `load` makes an equal run; every default is written out."""
-    plain = _adapter().dump_python(run, mode="json")
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return yaml.dump(as_mapping(run), Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 
 @cache

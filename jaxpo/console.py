@@ -56,6 +56,12 @@ def say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
+def rule(title: str) -> None:
+    """Print a line across stdout with a title in it: here a part of the run begins."""
+    console.print()
+    console.rule(Text(title, style="bold"), align="left", style="dim")
+
+
 def warn(text: str) -> None:
     """Print a line of warning to stderr; above the open bar if there is one and stderr is the terminal too."""
     line = Text.assemble(("warning: ", "bold yellow"), text)

@@ -1,0 +1,1 @@
+"""Data: sources and formats, chat templates and tokenisation, packing, the loader."""

@@ -1,7 +1,7 @@
 """Rows of local files, each with its place in the file, and the content hash of a file.
 
-JSON Lines, JSON (an array of objects, or one object) and parquet; JSON also gzipped. Every flaw is a UserError that names
-the file and the line.
+JSON Lines, JSON (an array of objects, or one object) and parquet; JSON also gzipped. Every flaw is a UserError that
+names the file and the line.
 """
 
 import gzip
@@ -39,7 +39,7 @@ def suffix(path: Path) -> str | None:
 
 
 def read_file(path: Path, shown: str, *, bare_text: bool = False) -> Iterator[tuple[Where, Row]]:
-    """The rows of a file whose name `shown` is what messages say. With `bare_text`, a string is a row {"text": string}."""
+    """The rows of a file, which messages call `shown`. With `bare_text`, a string is a row {"text": string}."""
     kind = suffix(path)
     if kind == ".parquet":
         rows = _parquet(path, shown)
@@ -78,7 +78,7 @@ def count_rows(path: Path) -> int | None:
 
 
 class FileHashes:
-    """SHA-256 of files, remembered in `folder` by the file's identity: real path, size, modification time, inode."""
+    """SHA-256 of files, remembered in `folder` by the file's identity: real path, size, inode, times of last change."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -86,13 +86,13 @@ class FileHashes:
     def __call__(self, path: Path) -> str:
         path = path.resolve()
         status = path.stat()
-        identity = json.dumps([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
+        identity = json.dumps([str(path), status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns])
         memo = self._folder / hashlib.sha256(identity.encode()).hexdigest()[:32]
         if memo.exists() and len(known := memo.read_text()) == 64:
             return known
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if time.time() - status.st_mtime > SETTLED_SECONDS:
+        if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
             self._folder.mkdir(parents=True, exist_ok=True)
             draft = memo.with_suffix(f".{os.getpid()}")
             draft.write_text(digest)

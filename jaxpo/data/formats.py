@@ -5,31 +5,15 @@ UserError that names it.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxpo.data.files import Row, Where
+from jaxpo.data.record import Message, Record, Said, shown
 from jaxpo.errors import UserError
 
-Message = dict[str, Any]
-Said = str | list[Message]
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
 # A column of these marks binary feedback: an answer in such a row may be a bad one.
 LABELS = frozenset({"label", "kto_tag"})
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
@@ -59,91 +43,8 @@ class Drop:
     excerpt: str
 
 
-class _Unusable(Exception):
+class _UnusableError(Exception):
     """Carries a drop reason up to `parse`."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row with its place; its accessors raise UserError on a column of the wrong type. A null column counts as absent."""
-
-    where: Where
-    row: Row
-
-    def columns(self) -> set[str]:
-        return {name for name, value in self.row.items() if value is not None}
-
-    def wrong(self, column: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: column {column} is {_shown(self.row[column])}, expected {expected}.")
-
-    def text(self, column: str) -> str:
-        value = self.row[column]
-        if not isinstance(value, str):
-            raise self.wrong(column, "a string")
-        return self._encodable(column, value)
-
-    def turns(self, column: str) -> list[Message]:
-        value = self.row[column]
-        if isinstance(value, dict):
-            value = [value]
-        if not isinstance(value, list) or not value:
-            raise self.wrong(column, "a list of messages")
-        return [self._message(f"{column}[{i}]", message) for i, message in enumerate(value)]
-
-    def said(self, column: str) -> Said:
-        return self.text(column) if isinstance(self.row[column], str) else self.turns(column)
-
-    def number(self, column: str) -> float:
-        value = self.row[column]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.wrong(column, "a number")
-        return float(value)
-
-    def template_kwargs(self) -> dict[str, Any]:
-        tools = self.row.get("tools")
-        if isinstance(tools, str) and tools.strip():
-            try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                raise self.wrong("tools", "a JSON array of tool descriptions") from error
-        return {"tools": tools} if tools else {}
-
-    def _message(self, column: str, message: Any) -> Message:
-        if not isinstance(message, dict):
-            raise UserError(f"{self.where}: {column} is {_shown(message)}, expected a message with role and content.")
-        role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
-        role = message.get(role_key)
-        if not isinstance(role, str) or role not in ROLES:
-            raise UserError(
-                f"{self.where}: {column}.{role_key} is {_shown(role)}, expected one of {', '.join(sorted(ROLES))}."
-            )
-        content = message.get(content_key)
-        rest = {
-            key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None
-        }
-        if isinstance(content, list):
-            content = self._joined(f"{column}.{content_key}", content)
-        if content is None and "tool_calls" in rest:
-            content = ""
-        if not isinstance(content, str):
-            raise UserError(f"{self.where}: {column}.{content_key} is {_shown(content)}, expected a string.")
-        return {"role": ROLES[role], "content": self._encodable(f"{column}.{content_key}", content), **rest}
-
-    def _joined(self, column: str, parts: list[Any]) -> str:
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{self.where}: {column} holds parts that are not text; jaxpo trains on text alone.")
-        return "".join(text for text in texts if text is not None)
-
-    def _encodable(self, column: str, value: str) -> str:
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{self.where}: {column} holds half of a surrogate pair at character {error.start}, which is no text; "
-                "the row was cut or badly escaped."
-            ) from error
-        return value
 
 
 @dataclass(frozen=True)
@@ -175,7 +76,8 @@ def detect(record: Record, format: str, num_completions: int) -> Shape:
         )
     if len(names := sorted({shape.format for shape in enough})) > 1:
         raise UserError(
-            f"{record.where} can be read as {' or '.join(names)} (columns {_listed(columns)}). Say which in data.*.format."
+            f"{record.where} can be read as {' or '.join(names)} (columns {_listed(columns)}). Say which in "
+            "data.*.format."
         )
     return max(enough, key=lambda shape: shape.completions)
 
@@ -187,7 +89,7 @@ def parse(record: Record, shape: Shape, num_completions: int) -> Preference | Dr
     try:
         preference = shape.read(record, num_completions)
         _check(preference, shape)
-    except _Unusable as unusable:
+    except _UnusableError as unusable:
         return Drop(record.where, str(unusable), excerpt(record.row))
     return preference
 
@@ -221,7 +123,7 @@ def _pairs(record: Record, n: int) -> Preference:
     # UltraFeedback: the prompt column repeats a message of the conversations.
     shared, rests = _split_turns(turns)
     if not any(_same_text(prompt, message["content"]) for message in shared):
-        raise _Unusable("prompts_differ")
+        raise _UnusableError("prompts_differ")
     return Preference(shared, rests, kwargs)
 
 
@@ -235,7 +137,7 @@ def _transcripts(record: Record, n: int) -> Preference:
             return Preference(prompt, answers[:n], kwargs)
         chosen, rejected = _hh_turns(chosen), _hh_turns(rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise record.wrong("rejected", f"of the same kind as column chosen, {_shown(record.row['chosen'])}")
+        raise record.wrong("rejected", f"of the same kind as column chosen, {shown(record.row['chosen'])}")
     shared, rests = _split_turns([chosen, rejected][:n])
     return Preference(shared, rests, kwargs)
 
@@ -243,7 +145,7 @@ def _transcripts(record: Record, n: int) -> Preference:
 def _helpsteer3(record: Record, n: int) -> Preference:
     preferred = record.number("overall_preference")
     if preferred == 0:
-        raise _Unusable("tie")
+        raise _UnusableError("tie")
     answers = [_as_answer(record.said("response1")), _as_answer(record.said("response2"))]
     # Negative: the first response is the better one.
     ordered = answers if preferred < 0 else answers[::-1]
@@ -303,9 +205,7 @@ def _text(record: Record, n: int) -> Preference:
 
 _ANY: frozenset[str] = frozenset()
 SHAPES = (
-    Shape(
-        "pairs", frozenset({"prompt", "chosen", "rejected"}), frozenset({"conversations", "instruction"}), 2, _pairs
-    ),
+    Shape("pairs", frozenset({"prompt", "chosen", "rejected"}), frozenset({"conversations", "instruction"}), 2, _pairs),
     Shape(
         "transcripts",
         frozenset({"chosen", "rejected"}),
@@ -313,9 +213,7 @@ SHAPES = (
         2,
         _transcripts,
     ),
-    Shape(
-        "helpsteer3", frozenset({"context", "response1", "response2", "overall_preference"}), _ANY, 2, _helpsteer3
-    ),
+    Shape("helpsteer3", frozenset({"context", "response1", "response2", "overall_preference"}), _ANY, 2, _helpsteer3),
     Shape("conversations", frozenset({"conversations", "chosen", "rejected"}), _ANY, 2, _conversation_pairs),
     Shape("conversations", frozenset({"conversations"}), LABELS | {"chosen", "rejected"}, 1, _conversation),
     Shape("alpaca", frozenset({"instruction", "chosen", "rejected"}), frozenset({"conversations"}), 2, _alpaca_pairs),
@@ -337,30 +235,30 @@ def _check_scores(record: Record, n: int) -> None:
         if found:
             difference = record.number(chosen) - record.number(rejected)
             if difference <= 0:
-                raise _Unusable("tie" if difference == 0 else "scores_contradict")
+                raise _UnusableError("tie" if difference == 0 else "scores_contradict")
 
 
 def _check(preference: Preference, shape: Shape) -> None:
     if shape.read is not _text and _is_blank(preference.prompt):
-        raise _Unusable("empty_prompt")
+        raise _UnusableError("empty_prompt")
     if any(_is_blank(completion) for completion in preference.completions):
-        raise _Unusable("empty_answer")
+        raise _UnusableError("empty_answer")
     for completion in preference.completions:
         if isinstance(completion, str):
             continue
         roles = {message["role"] for message in completion}
         if roles & {"user", "system", "developer"}:
             # The conversations part before the last question.
-            raise _Unusable("prompts_differ")
+            raise _UnusableError("prompts_differ")
         if completion[0]["role"] != "assistant" or completion[-1]["role"] != "assistant":
-            raise _Unusable("answer_not_assistant")
+            raise _UnusableError("answer_not_assistant")
     if len(preference.completions) > 1 and _bare(preference.completions[0]) == _bare(preference.completions[1]):
-        raise _Unusable("equal_answers")
+        raise _UnusableError("equal_answers")
 
 
 def _last_turn(turns: list[Message], record: Record) -> Preference:
     if turns[-1]["role"] != "assistant":
-        raise _Unusable("answer_not_assistant")
+        raise _UnusableError("answer_not_assistant")
     return Preference(turns[:-1], (turns[-1:],), record.template_kwargs())
 
 
@@ -384,7 +282,7 @@ def _after(prompt: list[Message], answer: list[Message]) -> list[Message]:
 def _split_turns(conversations: list[list[Message]]) -> tuple[list[Message], tuple[list[Message], ...]]:
     """The turns that all conversations begin with, at most all but the last one's, and what follows in each."""
     if len(conversations) > 1 and all(turns == conversations[0] for turns in conversations):
-        raise _Unusable("equal_answers")
+        raise _UnusableError("equal_answers")
     if len(conversations) == 1:
         return conversations[0][:-1], (conversations[0][-1:],)
     shared = 0
@@ -392,16 +290,20 @@ def _split_turns(conversations: list[list[Message]]) -> tuple[list[Message], tup
         if any(turn != turns[0] for turn in turns):
             break
         shared += 1
-    return conversations[0][:shared], tuple(turns[shared:] for turns in conversations)
+    rests = tuple(turns[shared:] for turns in conversations)
+    # An answer is one message, or several with the results of tools between them; else they part in an earlier turn.
+    if any(len(rest) > 1 and all(turn["role"] != "tool" for turn in rest) for rest in rests):
+        raise _UnusableError("prompts_differ")
+    return conversations[0][:shared], rests
 
 
 def _split_text(chosen: str, rejected: str) -> tuple[str, tuple[str, str]]:
     """The characters both begin with, as TRL's extract_prompt: a space before the difference goes to the answers."""
     if chosen == rejected:
-        raise _Unusable("equal_answers")
+        raise _UnusableError("equal_answers")
     end = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if end is None:
-        raise _Unusable("empty_answer")
+        raise _UnusableError("empty_answer")
     if end and chosen[end - 1] == " ":
         end -= 1
     return chosen[:end], (chosen[end:], rejected[end:])
@@ -450,10 +352,6 @@ def _misfit(record: Record, format: str) -> UserError:
 
 def _listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "(none)"
-
-
-def _shown(value: Any) -> str:
-    return f"{value!r:.60}" if not isinstance(value, list | dict) else f"{type(value).__name__} {value!r:.60}"
 
 
 def _ends(value: Any, width: int = 100) -> str:

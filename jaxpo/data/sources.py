@@ -1,4 +1,4 @@
-"""Where rows come from: local files and folders, saved datasets, the Hugging Face hub, and worlds that jaxpo generates."""
+"""Where rows come from: local files and folders, saved datasets, the Hugging Face hub, worlds that jaxpo generates."""
 
 import hashlib
 import importlib
@@ -42,7 +42,7 @@ def open_rows(source: "DataSource") -> Rows:
         return GeneratedRows(source)
     path = Path(source.path).expanduser()
     if path.is_file():
-        return FileRows(source, [_readable(path, source)])
+        return FileRows(source, {source.path: _readable(path, source)})
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return SavedRows(source, path)
@@ -53,7 +53,7 @@ def open_rows(source: "DataSource") -> Rows:
 
 
 def read(source: "DataSource") -> Iterator[tuple[Where, Row]]:
-    """The rows of a source, the first `limit` of them. Raises UserError on what cannot be read, and if there is no row."""
+    """The first `limit` rows of a source. Raises UserError on what cannot be read, and where there is no row."""
     empty = True
     for where, row in islice(open_rows(source).read(), source.limit):
         empty = False
@@ -63,26 +63,25 @@ def read(source: "DataSource") -> Iterator[tuple[Where, Row]]:
 
 
 class FileRows(Rows):
-    """Files that jaxpo reads itself, one after the other."""
+    """Files that jaxpo reads itself, one after the other; messages call them by the keys."""
 
-    def __init__(self, source: "DataSource", files: list[Path]):
+    def __init__(self, source: "DataSource", files: dict[str, Path]):
         super().__init__(source)
         self.files = files
 
     def fingerprint(self, hashes: FileHashes) -> str:
         try:
-            return _digest([[suffix(file), hashes(file)] for file in self.files])
+            return _digest([[suffix(file), hashes(file)] for file in self.files.values()])
         except OSError as error:
             raise UserError(f"{self.source.path} cannot be read: {error.strerror or error}.") from error
 
     def count(self) -> int | None:
-        counts = [count_rows(file) for file in self.files]
+        counts = [count_rows(file) for file in self.files.values()]
         return sum(n for n in counts if n is not None) if None not in counts else None
 
     def read(self) -> Iterator[tuple[Where, Row]]:
         bare_text = self.source.format == "text"
-        for file in self.files:
-            shown = self.source.path if len(self.files) == 1 else str(Path(self.source.path) / file.name)
+        for shown, file in self.files.items():
             yield from read_file(file, shown, bare_text=bare_text)
 
 
@@ -129,7 +128,7 @@ class SavedRows(_DatasetRows):
         except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
             raise UserError(f"{self.source.path} is not a whole saved dataset: {_one_line(error)}") from error
         if isinstance(saved, datasets.DatasetDict):
-            _check_split(self.source, sorted(saved))
+            _check_split(self.source, sorted(map(str, saved)))
             return saved[self.source.split]
         _check_split(self.source, sorted({"train", str(saved.split or "train")}))
         return saved
@@ -140,15 +139,16 @@ class SavedRows(_DatasetRows):
 
 
 class HubRows(_DatasetRows):
-    """Whatever `datasets.load_dataset` loads: a dataset of the hub, or a folder of files that only datasets can read."""
+    """Whatever `datasets.load_dataset` loads: a dataset of the hub, or a folder of files only datasets can read."""
 
     def load(self) -> Any:
         import datasets
+        from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
         source = self.source
         try:
             return datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-        except datasets.exceptions.DatasetNotFoundError as error:
+        except DatasetNotFoundError as error:
             raise UserError(
                 f"{source.path} (data.*.path) is neither a file or folder here nor a dataset on the Hugging Face hub "
                 f"that you may read: {_one_line(error)}"
@@ -160,7 +160,7 @@ class HubRows(_DatasetRows):
                 f"--repo-type dataset {source.path} --local-dir DIR` where there is a network and give that folder or "
                 "a file of it as the path."
             ) from error
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise UserError(
                 f"{source.path} (split {source.split}, name {source.name}) cannot be loaded by datasets: "
                 f"{_one_line(error)}"
@@ -191,19 +191,22 @@ class GeneratedRows(Rows):
 def _folder(source: "DataSource", path: Path) -> Rows:
     """A folder of data files; datasets knows which belong to which split, jaxpo reads them if it can."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         files = datasets.load_dataset_builder(str(path), source.name).config.data_files or {}
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(f"{source.path} (data.*.path) is no folder of data: {_one_line(error)}") from error
     _check_split(source, [str(name) for name in files])
-    chosen = [Path(file) for file in files[source.split]]
-    return FileRows(source, chosen) if all(suffix(file) for file in chosen) else HubRows(source)
+    chosen = {file: Path(file) for file in map(str, files[source.split])}
+    return FileRows(source, chosen) if all(map(suffix, chosen.values())) else HubRows(source)
 
 
 def _readable(path: Path, source: "DataSource") -> Path:
     if suffix(path) is None:
-        raise UserError(f"{source.path} (data.*.path) is no file that jaxpo reads, expected one of {', '.join(SUFFIXES)}.")
+        raise UserError(
+            f"{source.path} (data.*.path) is no file that jaxpo reads, expected one of {', '.join(SUFFIXES)}."
+        )
     _refuse_hub_fields(source)
     _check_split(source, ["train"])
     return path

@@ -1,0 +1,1 @@
+"""Language models: what they compute, and how they come from and go to Hugging Face checkpoints."""

@@ -12,9 +12,9 @@ def visible(
 ) -> jax.Array:
     """Which keys (last axis) a query (axis before) may read: bool [R, T, T].
 
-    Both are of one segment, the key is of the prompt (branch 0) or of the query's own branch, and not after the query in
-    the row. With a sliding `window` the key's position is fewer than `window` before the query's. Padding is a segment of
-    its own: it sees padding, so that no query is without a key.
+    Both are of one segment, the key is of the prompt (branch 0) or of the query's own branch, and not after the query
+    in the row. With a sliding `window` the key's position is fewer than `window` before the query's. Padding is a
+    segment of its own: it sees padding, so that no query is without a key.
     """
     T = segments_RT.shape[-1]
     index_T = jnp.arange(T)

@@ -64,8 +64,8 @@ class TorchTensor:
 class Checkpoint:
     """A checkpoint that holds every weight of its decoder, in the right shape.
 
-    tensors: by the names of `families.tensors`. generation_config: None where the folder has none. notes: what was left out
-    on purpose, a sentence each, for people.
+    tensors: by the names of `families.tensors`. generation_config: None where the folder has none. notes: what was left
+    out on purpose, a sentence each, for people.
     """
 
     folder: Path
@@ -89,8 +89,8 @@ class Checkpoint:
 def read_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint:
     """Find a checkpoint (a folder, or a hub id at a revision) and check it without reading the weights.
 
-    UserError where there is none, where its configuration is not one jaxpo computes, where a tensor is missing, unknown or
-    of another shape, and where a file is cut.
+    UserError where there is none, where its configuration is not one jaxpo computes, where a tensor is missing, unknown
+    or of another shape, and where a file is cut.
     """
     folder = resolve(path, revision)
     source = folder / "config.json"
@@ -132,9 +132,9 @@ def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{hub_id}{at} is no folder here and cannot be fetched from the Hugging Face hub ({reason}). Check the name; "
-            f"for a private or gated model run `hf auth login`; without a network run `hf download {hub_id}` where there is "
-            "one and give the folder (and unset HF_HUB_OFFLINE where it is set by mistake)."
+            f"{hub_id}{at} is no folder here and cannot be fetched from the Hugging Face hub ({reason}). Check the "
+            f"name; for a private or gated model run `hf auth login`; without a network run `hf download {hub_id}` "
+            "where there is one and give the folder (and unset HF_HUB_OFFLINE where it is set by mistake)."
         ) from error
 
 
@@ -149,7 +149,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of the folder's weights by the names they have there; safetensors go before .bin, as in transformers."""
+    """All tensors of the folder's weights by their names there; safetensors go before .bin, as in transformers."""
     for single, reader in (("model.safetensors", read_header), ("pytorch_model.bin", _read_bin)):
         if (folder / single).is_file():
             return {**reader(folder / single)}
@@ -230,7 +230,9 @@ def _match(
     if missing or unknown:
         found = [f"{len(missing)} tensors are missing ({name_some(missing)})"] if missing else []
         found += [f"{len(unknown)} are unknown ({name_some(unknown)})"] if unknown else []
-        raise UserError(f"{folder} does not fit its config.json (model_type {hf_config['model_type']}): {'; '.join(found)}.")
+        raise UserError(
+            f"{folder} does not fit its config.json (model_type {hf_config['model_type']}): {'; '.join(found)}."
+        )
     for name, tensor in wanted.items():
         if stored[name].shape != tensor.shape:
             raise UserError(
@@ -238,7 +240,9 @@ def _match(
                 f"{list(tensor.shape)}."
             )
         if stored[name].dtype.kind not in "fV":
-            raise UserError(f"{stored[name].file}: found {name} of type {stored[name].dtype}; expected floating-point weights.")
+            raise UserError(
+                f"{stored[name].file}: found {name} of type {stored[name].dtype}; expected floating-point weights."
+            )
     return {name: stored[name] for name in wanted}, tuple(notes)
 
 

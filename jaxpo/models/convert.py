@@ -1,7 +1,7 @@
 """Hugging Face checkpoint to decoder, tensor by tensor, straight to where each parameter lives.
 
-Host memory beyond the decoder itself is about the largest tensor: a tensor is mapped from its file, each device's share of
-it copied out in the wanted dtype, and the mapping dropped before the next one.
+Host memory beyond the decoder itself is about the largest tensor: a tensor is mapped from its file, each device's share
+of it copied out in the wanted dtype, and the mapping dropped before the next one.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxpo.console import progress
-from jaxpo.models.checkpoint import Checkpoint, read_checkpoint
+from jaxpo.models.checkpoint import Checkpoint, StoredTensor, read_checkpoint
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, map_params, param_path
+from jaxpo.models.families import Tensor
 
 Place = Callable[[DecoderConfig, Decoder], Decoder]
 
 
-def load(path: str | Path, revision: str | None = None, dtype: Any = jnp.float32, place: Place | None = None) -> Decoder:
-    """The decoder of a folder or hub id, in `dtype`; `place(config, abstract decoder)` gives its shardings, leaf by leaf."""
+def load(
+    path: str | Path, revision: str | None = None, dtype: Any = jnp.float32, place: Place | None = None
+) -> Decoder:
+    """The decoder of a folder or hub id, in `dtype`.
+
+    `place(config, abstract decoder)` gives its shardings, as `load_decoder` takes them.
+    """
     checkpoint = read_checkpoint(path, revision)
     config = checkpoint.decoder_config
     shardings = None if place is None else place(config, abstract_decoder(config, dtype))
@@ -30,7 +36,10 @@ def load(path: str | Path, revision: str | None = None, dtype: Any = jnp.float32
 
 
 def load_decoder(checkpoint: Checkpoint, dtype: Any, shardings: Decoder | None = None) -> Decoder:
-    """The checkpoint's decoder in `dtype`; `shardings` is a decoder with a Sharding for each leaf, the first device by default."""
+    """The checkpoint's decoder in `dtype`.
+
+    `shardings` is a decoder with a Sharding for each leaf; without it all goes to the first device.
+    """
     abstract = abstract_decoder(checkpoint.decoder_config, dtype)
     if shardings is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
@@ -44,10 +53,14 @@ def load_decoder(checkpoint: Checkpoint, dtype: Any, shardings: Decoder | None =
     with progress(f"loading {checkpoint.folder.name}", total, "B") as bar:
         for tensor in checkpoint.wanted:
             stored = checkpoint.tensors[tensor.name]
-            for name, part in zip(tensor.params, tensor.split(stored.read()), strict=True):
-                params[name].put(part, tensor.layer)
+            _fill(params, tensor, stored)
             bar.advance(stored.nbytes)
     return map_params(lambda path, _: params[path].array, abstract)
+
+
+def _fill(params: dict[str, "_Filling"], tensor: Tensor, stored: StoredTensor) -> None:
+    for name, part in zip(tensor.params, tensor.split(stored.read()), strict=True):
+        params[name].put(part, tensor.layer)
 
 
 class _Filling:
@@ -67,14 +80,15 @@ class _Filling:
             self._array = self._place(value, self.sharding)
         else:
             if self._array is None:
-                self._array = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=self.sharding)(self.shape, self.dtype)
+                zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=self.sharding)
+                self._array = zeros(self.shape, self.dtype)
                 self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=self.sharding)
             self._array = self._insert(self._array, self._place(value, _without_first_axis(self.sharding)), layer)
         # Devices work behind our back: without waiting, the copies of many tensors would pile up on the host.
-        self._array.block_until_ready()
+        jax.block_until_ready(self._array)
 
     def _place(self, value: np.ndarray, sharding: Sharding) -> jax.Array:
-        # A copy even where the dtype is right: jax may keep the memory it is given, and a mapped file can change under it.
+        # A copy even where the dtype is right: jax may keep the memory it is given, and a mapped file can change.
         copy = partial(np.array, dtype=self.dtype, order="C")
         return jax.make_array_from_callback(value.shape, sharding, lambda index: copy(value[index]))
 

@@ -1,10 +1,10 @@
 """A decoder-only transformer as a plain pytree: layers are stacked on a leading axis and scanned.
 
-The decoder knows nothing of packing, caches or devices: the caller hands in `attend`, which turns queries, keys and values
-into outputs. `families` says which Hugging Face model is which `DecoderConfig`.
+The decoder knows nothing of packing, caches or devices: the caller hands in `attend`, which turns queries, keys and
+values into outputs. `families` says which Hugging Face model is which `DecoderConfig`.
 
-Shape legend: R rows, T tokens of a row, D model width, N query heads, K key and value heads, H head size, F width of the
-MLP, V vocabulary, L layers.
+Shape legend: R rows, T tokens of a row, D model width, N query heads, K key and value heads, H head size, F width of
+the MLP, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
@@ -65,9 +65,10 @@ class Learned:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that shapes a decoder's computation. `window`: sliding attention window in tokens, for the caller's attend.
+    """Everything that shapes a decoder's computation.
 
-    residual_std: initial standard deviation of the projections that write into the residual stream (`std`: of the rest).
+    window: sliding attention window in tokens, for the caller's attend. residual_std: initial standard deviation of the
+    projections that write into the residual stream (`std`: of the rest).
     """
 
     vocab_size: int
@@ -170,7 +171,7 @@ class GatedMLP(nnx.Module):
         self.gate = Linear((D,), (F,), config.mlp_bias, config.std, gate_key, dtype)
         self.up = Linear((D,), (F,), config.mlp_bias, config.std, up_key, dtype)
         self.down = Linear((F,), (D,), config.mlp_bias, config.residual_std, down_key, dtype)
-        self.activation = config.activation
+        self.activation: Activation = config.activation
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.gate(x_RTD)) * self.up(x_RTD))
@@ -184,7 +185,7 @@ class PlainMLP(nnx.Module):
         up_key, down_key = jax.random.split(key)
         self.up = Linear((D,), (F,), config.mlp_bias, config.std, up_key, dtype)
         self.down = Linear((F,), (D,), config.mlp_bias, config.residual_std, down_key, dtype)
-        self.activation = config.activation
+        self.activation: Activation = config.activation
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
         return self.down(ACTIVATIONS[self.activation](self.up(x_RTD)))
@@ -212,7 +213,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The model, a pytree of `nnx.Param` under `jax.jit`, `jax.grad` and `jax.tree`; every leaf of `blocks` leads with L.
+    """The model, a pytree under `jax.jit`, `jax.grad` and `jax.tree`; every leaf of `blocks` leads with L.
 
     A new one is drawn at random: normal matrices and embeddings, unit norms, zero biases.
     """
@@ -222,10 +223,8 @@ class Decoder(nnx.Module):
         embedding_key, position_key, head_key, blocks_key = jax.random.split(key, 4)
         self.config = config
         self.embedding = nnx.Param(_normal(embedding_key, (V, D), config.std, dtype))
-        self.position_embedding = None
-        if isinstance(config.positions, Learned):
-            table = _normal(position_key, (config.positions.max_positions, D), config.std, dtype)
-            self.position_embedding = nnx.Param(table)
+        P = config.positions.max_positions if isinstance(config.positions, Learned) else None
+        self.position_embedding = None if P is None else nnx.Param(_normal(position_key, (P, D), config.std, dtype))
         self.blocks = jax.vmap(lambda k: Block(config, k, dtype))(jax.random.split(blocks_key, config.num_layers))
         self.final_norm = NORMS[config.norm](D, config.norm_eps, dtype)
         self.head = None if config.tied_head else nnx.Param(_normal(head_key, (V, D), config.std, dtype))
@@ -263,7 +262,10 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         remat: Remat = "none",
     ) -> tuple[jax.Array, Any]:
-        """As `hidden`, with a pytree of leaves [L, ...] threaded through: attend(q, k, v, layer's cache) -> (out, new cache)."""
+        """As `hidden`, with a cache: a pytree of leaves [L, ...].
+
+        attend: (q, k, v, the layer's cache) -> (out, the layer's new cache).
+        """
         x_RTD = self.embedding[...][tokens_RT].astype(compute_dtype)
         if self.position_embedding is not None:
             x_RTD = x_RTD + self.position_embedding[...][positions_RT].astype(compute_dtype)
@@ -331,7 +333,7 @@ def param_path(path: tuple[Any, ...]) -> str:
 
 
 def logical_axes(config: DecoderConfig) -> Decoder:
-    """A Decoder whose leaves are tuples that name each parameter's axes: layers, vocab, embed, heads, kv_heads, mlp or None.
+    """A Decoder with a tuple for each leaf that names its axes: layers, vocab, embed, heads, kv_heads, mlp or None.
 
     Tuples are pytrees themselves: pass `is_leaf=lambda x: isinstance(x, tuple)` to `jax.tree.map`.
     """

@@ -48,7 +48,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint: its name and shape there, and the parameters it holds, of one layer where `layer` is given.
+    """A tensor of a checkpoint: its name and shape there, and the parameters it holds, of one `layer` or of none.
 
     shapes: of the parameters, without the axis of the layers.
     """
@@ -121,7 +121,7 @@ def family(hf_config: Mapping[str, Any], source: str) -> Family:
 
 
 def complete(hf_config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The configuration with the family's defaults filled in and rotary parameters in one place, as transformers has it."""
+    """The configuration as transformers completes it: defaults filled in, rotary parameters in one place."""
     family(hf_config, source)
     try:
         full = AutoConfig.for_model(**hf_config).to_dict()
@@ -129,7 +129,9 @@ def complete(hf_config: Mapping[str, Any], source: str) -> dict[str, Any]:
         raise UserError(f"{source}: transformers rejects this configuration: {' '.join(str(error).split())}") from error
     if hf_config.get("quantization_config"):
         method = hf_config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"{source}: found quantization_config (method {method}); expected weights that are not quantised.")
+        raise UserError(
+            f"{source}: found quantization_config (method {method}); expected weights that are not quantised."
+        )
     return full
 
 
@@ -199,7 +201,9 @@ def _rope_value(rope: Mapping[str, Any], name: str, source: str) -> float:
     value = rope.get(name)
     if not isinstance(value, int | float) or value <= 0:
         kind = rope.get("rope_type", rope.get("type"))
-        raise UserError(f"{source}: found {name} = {value!r} in rope_parameters of type {kind}; expected a number above 0.")
+        raise UserError(
+            f"{source}: found {name} = {value!r} in rope_parameters of type {kind}; expected a number above 0."
+        )
     return float(value)
 
 
@@ -210,14 +214,16 @@ def _activation(full: Mapping[str, Any], key: str, source: str) -> Activation:
 
 
 def _window(full: Mapping[str, Any], source: str) -> int | None:
-    """The sliding window that all layers share; Mistral's holds for all, Qwen's for the layers that `layer_types` names."""
+    """The sliding window that all layers share; Mistral's holds for all, Qwen's for those that `layer_types` names."""
     kinds = set(full.get("layer_types") or ["sliding_attention"])
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise UserError(f"{source}: found layer_types {sorted(unknown)}; jaxpo knows full_attention, sliding_attention.")
+        raise UserError(
+            f"{source}: found layer_types {sorted(unknown)}; jaxpo knows full_attention, sliding_attention."
+        )
     if len(kinds) > 1:
         raise UserError(
-            f"{source}: found layer_types (or max_window_layers) that mix full and sliding attention; jaxpo expects all "
-            "layers alike, as with use_sliding_window: false."
+            f"{source}: found layer_types (or max_window_layers) that mix full and sliding attention; jaxpo expects "
+            "all layers alike, as with use_sliding_window: false."
         )
     return full.get("sliding_window") if kinds == {"sliding_attention"} else None
 
@@ -285,7 +291,9 @@ def _gpt2(full: Mapping[str, Any], source: str) -> DecoderConfig:
             raise UserError(f"{source}: found {key} {full[key]}; jaxpo knows {value}.")
     width, heads = full["n_embd"], full["n_head"]
     if width % heads:
-        raise UserError(f"{source}: found n_embd {width} and n_head {heads}; the first must be a multiple of the second.")
+        raise UserError(
+            f"{source}: found n_embd {width} and n_head {heads}; the first must be a multiple of the second."
+        )
     return DecoderConfig(
         vocab_size=full["vocab_size"],
         width=width,

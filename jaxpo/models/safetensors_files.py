@@ -52,7 +52,7 @@ class SafetensorsTensor:
 
 
 def read_header(file: Path) -> dict[str, SafetensorsTensor]:
-    """The tensors of a file by name. UserError where the file is cut, damaged or of a kind of number jaxpo does not read."""
+    """The tensors of a file by name. UserError where it is cut or damaged, or holds numbers jaxpo does not read."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -60,7 +60,9 @@ def read_header(file: Path) -> dict[str, SafetensorsTensor]:
             raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder.")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:
-            promised = f"; its header alone takes {length + 8:,}" if len(start) == 8 and length < MAX_HEADER_BYTES else ""
+            promised = (
+                f"; its header alone takes {length + 8:,}" if len(start) == 8 and length < MAX_HEADER_BYTES else ""
+            )
             raise UserError(f"{file} is cut or no safetensors file: it has {size:,} bytes{promised}. Fetch it again.")
         raw = stream.read(length)
     try:

@@ -17,9 +17,6 @@ from jaxpo.models.attention import packed_attention
 from jaxpo.models.decoder import Decoder, Remat
 from jaxpo.objectives.logprobs import token_scores
 
-# Part of the reference table's key: a change of what is computed here, in attention or in the head raises it.
-NUMERICS_VERSION = 1
-
 
 class Scores(NamedTuple):
     """logps [R, X, K]: log-prob sums in nats, 0 in an empty slot; correct [R, X, K]: tokens that were the likeliest."""

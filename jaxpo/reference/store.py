@@ -195,8 +195,8 @@ class ReferenceTable:
 
     def _bad_chunk(self, chunk: range, what: str) -> UserError:
         file = self._file(chunk)
-        others = [path.name for path in (file, self.folder / COMPLETE) if path.exists()]
-        keep = f"; to keep the other rows delete only {' and '.join(others)} in it" if others else ""
+        marked = [str(path.relative_to(self.folder)) for path in (file, self.folder / COMPLETE) if path.exists()]
+        keep = f"; to keep the other rows delete only {' and '.join(marked)} in it" if marked else ""
         return UserError(
             f"{file}: this chunk of the reference table, {self._names(chunk)}, {what}. "
             f"Delete the folder {self.folder} and the table is computed again{keep}."
@@ -357,5 +357,6 @@ def _usable(cache_dir: Path) -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
-    """A TensorStore error without its status code, and the spec and source lines that follow in brackets."""
-    return re.sub(r"^[A-Z_]+: ", "", str(error)).partition(" [")[0]
+    """What a TensorStore error says, without its status, the file we name ourselves and the spec that follows."""
+    message = str(error).partition(" [")[0]
+    return re.sub(r'^[A-Z_]+: |Error opening "zarr3" driver: |Error reading local file "[^"]*": ', "", message)

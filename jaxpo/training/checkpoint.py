@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxpo.config import TrainingConfig
 from jaxpo.errors import UserError
 
 FOLDER = "checkpoints"
@@ -26,20 +27,20 @@ def renamed(abstract: Any, leaves: dict[str, Any]) -> Any:
 class Checkpoints:
     """The checkpoints of one run: a training state and a small JSON of progress at each saved step."""
 
-    def __init__(self, run_folder: Path, keep: int, best_metric: str | None, best_mode: str) -> None:
+    def __init__(self, run_folder: Path, config: TrainingConfig) -> None:
         self._folder = (run_folder / FOLDER).absolute()
-        self._best_metric = best_metric
-        policies: list[Any] = [LatestN(n=keep)]
+        self._best_metric = best_metric = config.best_metric
+        policies: list[Any] = [LatestN(n=config.keep_checkpoints)]
         if best_metric is not None:
             # Sorted by the metric, the last one is the best.
-            best = BestN(lambda m: m[best_metric], best_mode == "min", n=1, keep_checkpoints_without_metrics=False)
-            policies.append(best)
+            down = config.best_mode == "min"
+            policies.append(BestN(lambda m: m[best_metric], down, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             best_fn=None if best_metric is None else lambda metrics: metrics[best_metric],
-            best_mode=best_mode,
+            best_mode=config.best_mode,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
 
@@ -80,5 +81,8 @@ class Checkpoints:
         """Return when all that was saved is on disk."""
         self._manager.wait_until_finished()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._manager.close()

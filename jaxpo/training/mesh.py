@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.config import MeshConfig
 from jaxpo.errors import UserError
-from jaxpo.models.decoder import Decoder, DecoderConfig, logical_axes, map_params
+from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, logical_axes, map_params
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -79,8 +80,29 @@ class Layout:
         spec = [m if m and size % self.mesh.shape[m] == 0 else None for m, size in zip(spec, shape, strict=True)]
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
-    def decoder(self, config: DecoderConfig, abstract: Any) -> Any:
+    def decoder(self, config: DecoderConfig, abstract: Decoder) -> Decoder:
         """Shardings shaped like the decoder whose arrays (or their shapes) `abstract` holds."""
         axes = jax.tree.leaves(logical_axes(config), is_leaf=lambda x: isinstance(x, tuple))
         leaves, tree = jax.tree.flatten(abstract)
         return tree.unflatten([self.parameter(a.shape, names) for a, names in zip(leaves, axes, strict=True)])
+
+    def place(self, config: DecoderConfig, abstract: Any) -> Any:
+        """`abstract` (a pytree of shapes) with a sharding on every leaf.
+
+        A leaf that belongs to a parameter of the decoder, as in the optimizer's moments, lies where the parameter does; any
+        other is on every device.
+        """
+        decoder = abstract_decoder(config, jnp.float32)
+        at = {
+            f".{jax.tree_util.keystr(path, simple=True, separator='.')}": sharding
+            for (path, _), sharding in zip(
+                jax.tree_util.tree_leaves_with_path(decoder), jax.tree.leaves(self.decoder(config, decoder)), strict=True
+            )
+        }
+
+        def put(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+            name = f".{jax.tree_util.keystr(path, simple=True, separator='.')}"
+            sharding = next((at[param] for param in at if name.endswith(param)), self.replicated)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(put, abstract)

@@ -109,7 +109,7 @@ def test_other_files_count_by_their_bytes(tmp_path: Path, memo: Path):
 
 
 def test_large_tensors_are_streamed(tmp_path: Path, memo: Path, monkeypatch: pytest.MonkeyPatch):
-    values = np.random.default_rng(0).integers(0, 256, 48 << 20, dtype=np.uint8)
+    values = np.random.default_rng(0).integers(0, 256, (48 << 20) + 123, dtype=np.uint8)
     file = saved(tmp_path / "model.safetensors", {"w": values})
     tracemalloc.start()
     try:

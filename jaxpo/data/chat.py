@@ -1,0 +1,222 @@
+"""Rows to token ids: the chat template rendered, prompt and completion told apart by tokens, too long ones cut.
+
+What TRL 1.16.0 does, and so the token ids are equal to its own: the prompt is rendered with the generation prompt, and
+again with the answer after it; the completion is what follows the tokens both share. Plain text is joined, tokenised at
+once, and gets EOS.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import jinja2
+
+from jaxpo.data.files import Where
+from jaxpo.data.formats import Preference
+from jaxpo.data.record import Message
+from jaxpo.data.templates import TEMPLATES
+from jaxpo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Templates that write today's date would make other tokens every day; Llama 3's own default date takes its place.
+FIXED_DATE = datetime(2024, 7, 26)
+
+
+def resolve_template(tokenizer: "PreTrainedTokenizerFast", chat_template: str | None) -> str | None:
+    """The Jinja source in force: `data.chat_template` (built-in name or file), else the tokenizer's own, else None."""
+    if chat_template is None:
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            if "default" not in own:
+                raise UserError(
+                    f"The tokenizer has several chat templates ({', '.join(sorted(own))}) and none is called default. "
+                    "Put the one to use into a file and name it in data.chat_template."
+                )
+            return own["default"]
+        return own
+    if chat_template in TEMPLATES:
+        return TEMPLATES[chat_template].source
+    path = Path(chat_template).expanduser()
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data.chat_template: {chat_template} cannot be read as text: {error}.") from error
+    near = get_close_matches(chat_template, TEMPLATES, n=1)
+    raise UserError(
+        f"data.chat_template is {chat_template!r}, which is neither a file nor a built-in name "
+        f"({', '.join(TEMPLATES)})." + (f" Did you mean {near[0]}?" if near else "")
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a prompt and its completions.
+
+    `lost`: the end of the prompt tokenised alone that prompt and completion together do not have; mostly nothing.
+    """
+
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    lost: list[int]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that cannot become tokens, and why: `template_refused` with the template's own words, or `empty_prompt`."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`max_length` tokens of a prompt with one completion; a prompt beyond `max_prompt_length` is cut at `side`."""
+
+    max_length: int
+    max_prompt_length: int | None
+    side: str
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An example cut to the limits: whether the prompt was cut, how many completions were."""
+
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    prompt_cut: bool
+    completions_cut: int
+
+
+def fit(encoded: Encoded, limits: Limits) -> Fitted:
+    """Cut the prompt to its limit, then each completion's end as max_length demands; nothing may be left of one.
+
+    The prompt is cut like any text: a BOS at its head goes with the head.
+    """
+    prompt = encoded.prompt
+    most = limits.max_prompt_length
+    if most is not None and len(prompt) > most:
+        prompt = prompt[-most:] if limits.side == "left" else prompt[:most]
+    room = max(0, limits.max_length - len(prompt))
+    completions = tuple(completion[:room] for completion in encoded.completions)
+    cut = sum(len(completion) > room for completion in encoded.completions)
+    return Fitted(prompt, completions, len(prompt) < len(encoded.prompt), cut)
+
+
+class Encoder:
+    """Tokenises rows with a tokenizer and a chat template; picklable, for worker processes."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str | None):
+        self.tokenizer = tokenizer
+        self.template = template
+
+    def __call__(self, rows: Sequence[tuple[Where, Preference]]) -> list[Encoded | Refused]:
+        """Token ids of each row. Raises UserError on a row that this tokenizer and template can do nothing with."""
+        plans: list[list[str] | Refused] = [self._texts(where, preference) for where, preference in rows]
+        flat = [text for plan in plans if not isinstance(plan, Refused) for text in plan]
+        ids = iter([encoding.ids for encoding in self._backend.encode_batch_fast(flat, add_special_tokens=False)])
+        encoded: list[Encoded | Refused] = []
+        for (_, preference), plan in zip(rows, plans, strict=True):
+            if isinstance(plan, Refused):
+                encoded.append(plan)
+            else:
+                encoded.append(self._split(preference, plan, [next(ids) for _ in plan]))
+        return encoded
+
+    def render(self, messages: list[Message], where: Where | str, *, add_generation_prompt: bool, **kwargs: Any) -> str:
+        """The text of a conversation. Raises jinja2.TemplateError where the template refuses it by its own rules."""
+        if self.template is None:
+            raise UserError(
+                f"{where} holds messages, but the tokenizer has no chat template to render them with. Name one in "
+                f"data.chat_template: a file, or one of {', '.join(TEMPLATES)}."
+            )
+        if "strftime_now" in self.template:
+            kwargs["strftime_now"] = FIXED_DATE.strftime
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **kwargs,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"The chat template is no valid Jinja: line {error.lineno}: {error.message}.") from error
+        except (jinja2.UndefinedError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{where}: the chat template fails on this row: {' '.join(str(error).split())}.") from error
+        return str(rendered)
+
+    @cached_property
+    def _backend(self) -> Any:
+        return self.tokenizer.backend_tokenizer
+
+    @cached_property
+    def _leading(self) -> list[int]:
+        """What the tokenizer puts before every plain text: BOS or nothing."""
+        whole = self._backend.encode("a", add_special_tokens=True).ids
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        return whole[: starts[0]] if starts else []
+
+    def _texts(self, where: Where, preference: Preference) -> list[str] | Refused:
+        """The prompt, then the prompt with each completion, as text."""
+        prompt = preference.prompt
+        if isinstance(prompt, str):
+            return [prompt, *(prompt + self._ended(str(answer)) for answer in preference.completions)]
+        kwargs = preference.template_kwargs
+        try:
+            return [
+                self.render(prompt, where, add_generation_prompt=True, **kwargs),
+                *(
+                    self.render([*prompt, *answer], where, add_generation_prompt=False, **kwargs)
+                    for answer in preference.completions
+                    if isinstance(answer, list)
+                ),
+            ]
+        except jinja2.TemplateError as error:
+            return Refused("template_refused", str(error))
+
+    def _ended(self, answer: str) -> str:
+        eos = self.tokenizer.eos_token
+        if eos is None:
+            raise UserError(
+                "The tokenizer has no EOS token, and plain text must end with one, or the model never learns to stop. "
+                "Set eos_token in the model's tokenizer_config.json."
+            )
+        return answer if answer.endswith(str(eos)) else f"{answer}{eos}"
+
+    def _split(self, preference: Preference, texts: list[str], ids: list[list[int]]) -> Encoded | Refused:
+        if isinstance(preference.prompt, str):
+            ids = [self._with_bos(text, tokens) for text, tokens in zip(texts, ids, strict=True)]
+            if not preference.prompt:
+                return self._text_alone(ids[1])
+        prompt, wholes = ids[0], ids[1:]
+        shared = min(common_prefix(prompt, whole) for whole in wholes)
+        if shared == 0:
+            return Refused("empty_prompt", "no token is shared by the prompt and the prompt with an answer")
+        return Encoded(prompt[:shared], tuple(whole[shared:] for whole in wholes), prompt[shared:])
+
+    def _with_bos(self, text: str, ids: list[int]) -> list[int]:
+        bos = self.tokenizer.bos_token
+        return ids if bos is not None and text.startswith(str(bos)) else self._leading + ids
+
+    def _text_alone(self, ids: list[int]) -> Encoded | Refused:
+        """A text without a prompt follows BOS, the one token every text can be predicted from."""
+        bos = cast(int | None, self.tokenizer.bos_token_id)
+        if bos is None:
+            return Refused("empty_prompt", "the tokenizer has no BOS token for a text to follow")
+        return Encoded([bos], (ids[1:] if ids[0] == bos else ids,), [])
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

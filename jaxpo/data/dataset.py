@@ -1,0 +1,322 @@
+"""Tokenised data: made once, kept on disk under a key of everything that decides it, memory-mapped.
+
+A dataset's folder in the cache holds tokens.npy (int32, all examples one after the other), lengths.npy [N, K+1] (of the
+prompt and of each completion), wheres.npy [N, 2] (which prefix of meta.json, and which line or row), dropped.jsonl and
+meta.json.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, SupportsIndex
+
+import numpy as np
+import tokenizers
+import transformers
+from filelock import FileLock
+from transformers import PreTrainedTokenizerFast
+
+from jaxpo import console
+from jaxpo.batch import Example
+from jaxpo.config import DataConfig, DataSource
+from jaxpo.data.chat import Encoder, Limits, resolve_template
+from jaxpo.data.files import FileHashes
+from jaxpo.data.formats import detect
+from jaxpo.data.record import Record
+from jaxpo.data.sources import Rows, open_rows, read
+from jaxpo.data.templates import TEMPLATES
+from jaxpo.data.tokenise import POOL_ROWS, Chunk, Tokeniser, available_cores, tokenise
+from jaxpo.errors import UserError
+
+# To be raised with every change to how rows become tokens.
+CODE_VERSION = 1
+_FILES = ("tokens.npy", "lengths.npy", "wheres.npy", "dropped.jsonl", "meta.json")
+
+
+class DamagedCacheError(Exception):
+    """A dataset's folder in the cache is incomplete or does not hold what it says."""
+
+
+class TokenizedDataset:
+    """Examples of one source as token ids, read from a folder of the cache as they are asked for.
+
+    prompt_lengths [N] and completion_lengths [N, K] are int32. fingerprint: a hash of the token ids of every example,
+    order included, and of nothing else. dropped: rows left out by reason; dropped_path lists them. truncated: `prompt`
+    counts examples, `completion` completions that were cut. boundary_moved: examples whose tokenised prompt is no
+    prefix of prompt and completion tokenised together. templated: examples that the chat template rendered; the others
+    are plain text. without_end: whole completions that end with no special token.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises DamagedCacheError where a file is missing or of the wrong size."""
+        self.folder = folder
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            self._tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+            self._lengths = np.load(folder / "lengths.npy", mmap_mode="r")
+            self._wheres = np.load(folder / "wheres.npy", mmap_mode="r")
+            self._prefixes: list[str] = meta["prefixes"]
+            self.path: str = meta["key"]["path"]
+            self.split: str = meta["key"]["split"]
+            self.format: str = meta["format"]
+            self.num_completions: int = meta["key"]["num_completions"]
+            self.fingerprint: str = meta["fingerprint"]
+            self.rows_read: int = meta["rows_read"]
+            self.dropped: dict[str, int] = meta["dropped"]
+            self.truncated: dict[str, int] = meta["truncated"]
+            self.boundary_moved: int = meta["boundary_moved"]
+            self.lost: str | None = meta["lost"]
+            self.templated: int = meta["templated"]
+            self.without_end: int = meta["without_end"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise DamagedCacheError(f"{folder}: {' '.join(str(error).split())}") from error
+        shape = (meta["examples"], self.num_completions + 1)
+        if self._lengths.shape != shape or self._wheres.shape != (shape[0], 2):
+            raise DamagedCacheError(f"{folder}: lengths.npy or wheres.npy is not of {shape[0]} examples")
+        # Where each part of each example begins, and where the last one ends.
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        if self._tokens.shape != (self._starts[-1],):
+            raise DamagedCacheError(
+                f"{folder}: tokens.npy holds {self._tokens.size} tokens, expected {self._starts[-1]}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        i = index.__index__()
+        if not 0 <= i < len(self):
+            raise IndexError(f"example {i} of {len(self)}")
+        parts = self.num_completions + 1
+        bounds = self._starts[i * parts : (i + 1) * parts + 1]
+        prompt, *completions = (np.asarray(self._tokens[a:b]) for a, b in pairwise(bounds))
+        return Example(self.id(i), prompt, tuple(completions))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenizedDataset, (self.folder,)
+
+    def id(self, index: int) -> str:
+        """Where the example comes from, `path:line` or `path:row N`."""
+        prefix, number = self._wheres[index].tolist()
+        return f"{self._prefixes[prefix]}{number}"
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        return np.asarray(self._lengths[:, 0])
+
+    @property
+    def completion_lengths(self) -> np.ndarray:
+        return np.asarray(self._lengths[:, 1:])
+
+    @property
+    def dropped_path(self) -> Path:
+        """JSON Lines of {"where", "reason", "excerpt"}, one per row left out."""
+        return self.folder / "dropped.jsonl"
+
+    def verify(self) -> None:
+        """Read every token; raises DamagedCacheError where they are not the ones that were written."""
+        tokens = hashlib.sha256(np.ascontiguousarray(self._tokens).data)
+        if _fingerprint(tokens.digest(), np.asarray(self._lengths)) != self.fingerprint:
+            raise DamagedCacheError(f"{self.folder}: tokens.npy or lengths.npy was changed since it was written")
+
+
+def prepare(
+    source: DataSource,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_fingerprint: str,
+    num_completions: int,
+) -> TokenizedDataset:
+    """The source's examples of `num_completions` completions, from the cache or tokenised now, with a progress bar.
+
+    Raises UserError for what is wrong with the source, a row or the settings, and where every row is dropped. A damaged
+    cache is made anew, with a warning.
+    """
+    if config.max_prompt_length is not None and config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"data.max_prompt_length is {config.max_prompt_length} and data.max_length {config.max_length}: a prompt "
+            "of the full length would leave no room for an answer. Expected max_prompt_length < max_length."
+        )
+    template = resolve_template(tokenizer, config.chat_template)
+    rows = open_rows(source)
+    cache = config.cache_dir.expanduser()
+    limits = Limits(config.max_length, config.max_prompt_length, config.truncate_prompt)
+    key = {
+        "code_version": CODE_VERSION,
+        "libraries": [tokenizers.__version__, transformers.__version__],
+        "content": rows.fingerprint(FileHashes(cache / "hashes")),
+        "path": source.path,
+        "split": source.split,
+        "format": source.format,
+        "limit": source.limit,
+        "tokenizer": tokenizer_fingerprint,
+        "template": template,
+        "limits": asdict(limits),
+        "num_completions": num_completions,
+    }
+    folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            dataset = _open(folder)
+            if dataset is None:
+                _warn_of_markers(config.chat_template, tokenizer)
+                _make(folder, key, rows, Encoder(tokenizer, template), limits, config.workers or available_cores())
+                dataset = TokenizedDataset(folder)
+    except OSError as error:
+        raise UserError(f"data.cache_dir {config.cache_dir} cannot be used: {error}.") from error
+    _warn_of(dataset)
+    return dataset
+
+
+def _open(folder: Path) -> TokenizedDataset | None:
+    """The dataset in the cache, None where there is none or a damaged one, which is removed."""
+    if not folder.exists():
+        return None
+    try:
+        dataset = TokenizedDataset(folder)
+        dataset.verify()
+    except DamagedCacheError as error:
+        console.warn(f"the cache of tokenised data is damaged and made anew: {error}")
+        shutil.rmtree(folder)
+        return None
+    return dataset
+
+
+def _make(folder: Path, key: dict[str, Any], rows: Rows, encoder: Encoder, limits: Limits, workers: int) -> None:
+    """Tokenise into a folder beside, and put it in its place when it is whole."""
+    for left_behind in folder.parent.glob(f"{folder.name}.*.partial"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        _write(partial, key, rows, encoder, limits, workers)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another machine, which the lock did not hold back, was first with the same content.
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(partial: Path, key: dict[str, Any], rows: Rows, encoder: Encoder, limits: Limits, workers: int) -> None:
+    source, num_completions = rows.source, key["num_completions"]
+    stream = read(source)
+    head = list(islice(stream, POOL_ROWS))
+    shape = detect(Record(*head[0]), source.format, num_completions)
+    tokeniser = Tokeniser(encoder, shape, num_completions, limits)
+    total: int | None = len(head)
+    if total < POOL_ROWS:
+        workers = 1
+    elif (total := rows.count()) is not None:
+        total = min(total, source.limit or total)
+
+    prefixes: dict[str, int] = {}
+    lengths: list[np.ndarray] = []
+    wheres: list[tuple[int, int]] = []
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    lost: str | None = None
+    digest = hashlib.sha256()
+    first_drop = None
+    with (
+        console.progress(f"Tokenising {source.path}", total, "rows") as bar,
+        (partial / "dropped.jsonl").open("w", encoding="utf-8") as drops,
+        (partial / "tokens.npy").open("wb") as tokens,
+    ):
+        _npy_header(tokens, 0)
+        for chunk in tokenise(chain(head, stream), tokeniser, workers):
+            tokens.write(chunk.tokens.data)
+            digest.update(chunk.tokens.data)
+            lengths.append(chunk.lengths)
+            wheres += [(prefixes.setdefault(w.prefix, len(prefixes)), w.number) for w in chunk.wheres]
+            counts += chunk.counts
+            lost = lost if lost is not None else chunk.lost
+            for drop in chunk.drops:
+                first_drop = first_drop or drop
+                dropped[drop.reason] += 1
+                line = {"where": str(drop.where), "reason": drop.reason, "excerpt": drop.excerpt}
+                drops.write(json.dumps(line, ensure_ascii=False) + "\n")
+            bar.advance(_rows_in(chunk))
+        all_lengths = np.concatenate(lengths)
+        tokens.seek(0)
+        _npy_header(tokens, int(all_lengths.sum()))
+    if first_drop is not None and not wheres:
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
+        raise UserError(
+            f"{source.path}: every row is dropped ({reasons}), so there is nothing to train on. The first: "
+            f"{first_drop.where}, {first_drop.reason}: {first_drop.excerpt}"
+        )
+    np.save(partial / "lengths.npy", all_lengths)
+    np.save(partial / "wheres.npy", np.asarray(wheres, np.int32))
+    meta = {
+        "key": key,
+        "format": shape.format,
+        "examples": len(wheres),
+        "rows_read": len(wheres) + dropped.total(),
+        "dropped": dict(dropped.most_common()),
+        "truncated": {"prompt": counts["prompt_cut"], "completion": counts["completion_cut"]},
+        "boundary_moved": counts["boundary_moved"],
+        "lost": lost,
+        "templated": counts["templated"],
+        "without_end": counts["without_end"],
+        "prefixes": list(prefixes),
+        "fingerprint": _fingerprint(digest.digest(), all_lengths),
+    }
+    (partial / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+    for name in _FILES:
+        with (partial / name).open("rb") as written:
+            os.fsync(written.fileno())
+
+
+def _npy_header(stream: BinaryIO, size: int) -> None:
+    """A header of a 1-d int32 array; NumPy leaves room in it for the size to grow, so that it can be written again."""
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<i4", "fortran_order": False, "shape": (size,)})
+
+
+def _fingerprint(tokens_digest: bytes, lengths: np.ndarray) -> str:
+    return hashlib.sha256(
+        tokens_digest + repr(lengths.shape).encode() + lengths.astype("<i4", order="C").tobytes()
+    ).hexdigest()
+
+
+def _rows_in(chunk: Chunk) -> int:
+    return len(chunk.wheres) + len(chunk.drops)
+
+
+def _warn_of_markers(chat_template: str | None, tokenizer: PreTrainedTokenizerFast) -> None:
+    template = TEMPLATES.get(chat_template or "")
+    missing = [m for m in template.markers if m not in tokenizer.get_vocab()] if template else []
+    if missing:
+        console.warn(
+            f"data.chat_template {chat_template} writes {', '.join(missing)}, which this tokenizer has no single token "
+            "for: the model has to learn them from pieces."
+        )
+
+
+def _warn_of(dataset: TokenizedDataset) -> None:
+    n = len(dataset)
+    if dataset.boundary_moved:
+        console.warn(
+            f"{dataset.path}: in {dataset.boundary_moved} of {n} examples the tokenised prompt is no prefix of prompt "
+            "and completion tokenised together, because the template renders the prompt otherwise when an answer "
+            "follows, or because tokens merge across the boundary. The completion begins where the two part; left out "
+            f"of the first such prompt: {dataset.lost!r}. In training the model sees another context than when it "
+            "generates."
+        )
+    if dataset.without_end:
+        console.warn(
+            f"{dataset.path}: {dataset.without_end} of {n * dataset.num_completions} completions end with no special "
+            "token, so a model trained on them does not learn to stop. Does the chat template end an assistant's turn?"
+        )

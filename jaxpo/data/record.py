@@ -1,0 +1,115 @@
+"""A row and its columns, read with care: the wrong type is a UserError that names row and column."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxpo.data.files import Row, Where
+from jaxpo.errors import UserError
+
+Message = dict[str, Any]
+Said = str | list[Message]
+
+# What people call the speakers, and what chat templates do.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row with its place; accessors raise UserError on a column of the wrong type. A null column counts as absent."""
+
+    where: Where
+    row: Row
+
+    def columns(self) -> set[str]:
+        return {name for name, value in self.row.items() if value is not None}
+
+    def wrong(self, column: str, expected: str) -> UserError:
+        return UserError(f"{self.where}: column {column} is {shown(self.row[column])}, expected {expected}.")
+
+    def text(self, column: str) -> str:
+        value = self.row[column]
+        if not isinstance(value, str):
+            raise self.wrong(column, "a string")
+        return self._encodable(column, value)
+
+    def turns(self, column: str) -> list[Message]:
+        value = self.row[column]
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list) or not value:
+            raise self.wrong(column, "a list of messages")
+        return [self._message(f"{column}[{i}]", message) for i, message in enumerate(value)]
+
+    def said(self, column: str) -> Said:
+        return self.text(column) if isinstance(self.row[column], str) else self.turns(column)
+
+    def number(self, column: str) -> float:
+        value = self.row[column]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(column, "a number")
+        return float(value)
+
+    def template_kwargs(self) -> dict[str, Any]:
+        tools = self.row.get("tools")
+        if isinstance(tools, str) and tools.strip():
+            try:
+                tools = json.loads(tools)
+            except ValueError as error:
+                raise self.wrong("tools", "a JSON array of tool descriptions") from error
+        return {"tools": tools} if tools else {}
+
+    def _message(self, column: str, message: Any) -> Message:
+        if not isinstance(message, dict):
+            raise UserError(f"{self.where}: {column} is {shown(message)}, expected a message with role and content.")
+        role_key, content_key = ("from", "value") if "from" in message else ("role", "content")
+        role = message.get(role_key)
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(
+                f"{self.where}: {column}.{role_key} is {shown(role)}, expected one of {', '.join(sorted(ROLES))}."
+            )
+        content = message.get(content_key)
+        rest = {
+            key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None
+        }
+        if isinstance(content, list):
+            content = self._joined(f"{column}.{content_key}", content)
+        if content is None and "tool_calls" in rest:
+            content = ""
+        if not isinstance(content, str):
+            raise UserError(f"{self.where}: {column}.{content_key} is {shown(content)}, expected a string.")
+        return {"role": ROLES[role], "content": self._encodable(f"{column}.{content_key}", content), **rest}
+
+    def _joined(self, column: str, parts: list[Any]) -> str:
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{self.where}: {column} holds parts that are not text; jaxpo trains on text alone.")
+        return "".join(text for text in texts if text is not None)
+
+    def _encodable(self, column: str, value: str) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.where}: {column} holds half of a surrogate pair at character {error.start}, which is no text; "
+                "the row was cut or badly escaped."
+            ) from error
+        return value
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value, for a message."""
+    return f"{value!r:.60}" if not isinstance(value, list | dict) else f"{type(value).__name__} {value!r:.60}"

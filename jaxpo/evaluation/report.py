@@ -1,0 +1,138 @@
+"""What a person sees at the end of a run: held-out metrics before and after, sample answers, and where things are."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jaxpo import console
+
+Metrics = Mapping[str, float | int | None]
+
+PREFIX = "eval_"
+# What matters most comes first; metrics that are not named here follow by name.
+ORDER = (
+    "rewards/accuracies",
+    "loss",
+    "rewards/margins",
+    "rewards/chosen",
+    "rewards/rejected",
+    "kl/chosen",
+    "kl/rejected",
+    "logps/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "mean_token_accuracy",
+)
+SHARES = ("rewards/accuracies", "logps/accuracies", "mean_token_accuracy")
+# Whether more is better, of the metrics of which that can be said.
+BETTER = {"loss": -1, **dict.fromkeys((*SHARES, "rewards/margins"), 1)}
+
+_MARKER = re.compile(r"<\|[^|<>]+\|>|</?s>|\[/?INST\]")
+
+
+def show(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Print the closing report of the run in `folder` from its summary and samples.json, and write samples.md there."""
+    samples = folder / "samples.json"
+    if samples.exists():
+        texts = json.loads(samples.read_text(encoding="utf-8"))
+        show_samples(texts["prompts"], texts["before"], texts["after"])
+        _write(folder / "samples.md", samples_markdown(texts["prompts"], texts["before"], texts["after"]))
+    if summary["after"]:
+        console.console.print(comparison(summary["before"], summary["after"]))
+    for line in _figures(summary):
+        console.say(line)
+    for name, what in (("export", "Hugging Face checkpoint"), ("plots", "plots"), ("summary.json", "figures")):
+        if (folder / name).exists():
+            console.say(f"{what:<24} {folder / name}")
+
+
+def comparison(before: Metrics, after: Metrics) -> Table:
+    """A table of held-out metrics before and after training and their change, green for better and red for worse."""
+    table = Table(title="Held-out metrics", title_justify="left", title_style="bold")
+    table.add_column("metric")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
+    for name in sorted(before.keys() | after.keys(), key=_rank):
+        old, new = before.get(name), after.get(name)
+        bare = name.removeprefix(PREFIX)
+        change = "" if old is None or new is None else _value(bare, new - old, sign="+")
+        table.add_row(Text(name), _value(bare, old), _value(bare, new), Text(change, style=_style(bare, old, new)))
+    return table
+
+
+def show_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
+    """Print each prompt with its greedy answers before and after training."""
+    for number, (prompt, old, new) in enumerate(zip(prompts, before, after, strict=True), 1):
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row("prompt", Text(_plain(prompt)))
+        grid.add_row("before", Text(old.strip() or "(nothing)", style="yellow"))
+        grid.add_row("after", Text(new.strip() or "(nothing)", style="green"))
+        console.console.print(Panel(grid, title=f"sample {number}", title_align="left", border_style="dim"))
+
+
+def samples_markdown(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> str:
+    """The samples as a Markdown document; texts stand in blocks, so that nothing in them is taken for markup."""
+    parts = ["# Greedy answers before and after training\n"]
+    for number, texts in enumerate(zip(prompts, before, after, strict=True), 1):
+        parts.append(f"## {number}\n")
+        for title, text in zip(("Prompt", "Before", "After"), texts, strict=True):
+            fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 3)
+            parts.append(f"{title}:\n\n{fence}text\n{text.rstrip()}\n{fence}\n")
+    return "\n".join(parts)
+
+
+def _figures(summary: Mapping[str, Any]) -> list[str]:
+    reference, seconds = summary["reference"], sum(summary["seconds"].values())
+    lines = [
+        f"{summary['steps']} steps in {_clock(seconds)}"
+        + "".join(f", {summary[key]:,.1f} {unit}" for key, unit in _RATES.items() if summary.get(key) is not None)
+        + f", peak memory {summary['peak_bytes'] / 1e9:.2f} GB"
+    ]
+    if reference["computed"] or reference["reused"]:
+        lines.append(f"reference log-probs: {reference['computed']} computed, {reference['reused']} reused")
+    return lines
+
+
+_RATES = {"pairs_per_s": "pairs/s", "tokens_per_s": "tokens/s"}
+
+
+def _rank(name: str) -> tuple[int, str]:
+    bare = name.removeprefix(PREFIX)
+    return (ORDER.index(bare) if bare in ORDER else len(ORDER), name)
+
+
+def _value(bare: str, value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{100.0 * value:{sign}.1f}%" if bare in SHARES else f"{value:{sign}.4f}"
+
+
+def _style(bare: str, old: float | None, new: float | None) -> str:
+    if old is None or new is None or bare not in BETTER or old == new:
+        return ""
+    return "green" if (new - old) * BETTER[bare] > 0 else "red"
+
+
+def _plain(prompt: str) -> str:
+    """A prompt without the template's markers and empty lines, for reading."""
+    lines = (line.strip() for line in _MARKER.sub("\n", prompt).splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

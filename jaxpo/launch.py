@@ -1,0 +1,271 @@
+"""The command line: `python -m jaxpo.launch COMMAND`, or `jaxpo COMMAND`.
+
+Nothing heavy is imported before the arguments are understood, so that `--help` and a typing mistake answer at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jaxpo
+
+# Help is broken by hand, to fit the narrowest terminals, so that lists and examples stay as they are.
+DESCRIPTION = """\
+Align language models with preferences: from a Hugging Face checkpoint and
+preference data to an aligned Hugging Face checkpoint.
+
+commands:
+  train      train a model as a config says
+  reference  compute the reference model's log-probs only
+  data       show what the trainer will see of the data
+  convert    convert a checkpoint from or to Hugging Face
+  schema     print the JSON schema of a config, for editors
+"""
+
+EPILOG = """\
+examples:
+  %(prog)s train configs/quickstart.yaml
+  %(prog)s train configs/quickstart.yaml training.seed=1
+  %(prog)s data configs/quickstart.yaml --examples 2
+  %(prog)s train --help
+
+A mistake in a config, the data or a checkpoint ends with exit code 2 and a
+paragraph that says where it is, what was found and what was expected.
+"""
+
+OVERRIDES = """
+KEY=VALUE takes the place of a value of the config. VALUE is YAML:
+  training.batch_size=32           training.max_steps=null
+  data.train.0.path=pairs.jsonl    optimizer.betas='[0.9, 0.99]'
+  stages.sft.training.seed=1       objective='{name: ipo, beta: 0.2}'
+"""
+
+TRAIN = """\
+Train as the config says: its stages first, then the run itself. The folder
+output_dir receives config.yaml, metrics.jsonl, summary.json, plots/,
+checkpoints/ and export/, which holds a Hugging Face checkpoint. A run that was
+killed goes on from its last checkpoint when the same command is given again.
+"""
+
+REFERENCE = """\
+Compute the reference model's log-probs of every completion of data.train and
+data.eval, and keep them in reference.cache_dir. `train` does this by itself;
+alone it prepares the table for many runs to share. What the table holds
+already is not computed again.
+"""
+
+DATA = """\
+Show what the trainer will see of the data: examples token by token with their
+completions marked, the lengths, how full the packed rows are, and which rows
+are dropped and why.
+"""
+
+CONVERT = """\
+Convert a checkpoint between Hugging Face and jaxpo. `train` does it by itself:
+it reads Hugging Face checkpoints and exports one at its end.
+
+directions:
+  from-hf PATH OUT                                  from Hugging Face to jaxpo
+  to-hf RUN_OR_CHECKPOINT OUT [--dtype DTYPE]       from jaxpo to Hugging Face
+"""
+
+FROM_HF = """\
+Make a jaxpo checkpoint of a Hugging Face one. Safetensors, in one file or in
+many, are streamed tensor by tensor.
+"""
+
+TO_HF = """\
+Make a Hugging Face folder of a checkpoint: safetensors, config, generation
+config, tokenizer and chat template.
+"""
+
+SCHEMA = """\
+Print the JSON schema of a config. An editor with YAML support then completes
+and checks the keys of a config that begins with this line:
+  # yaml-language-server: $schema=jaxpo.schema.json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, 2 for a mistake of the user's, 130 if interrupted by the keyboard."""
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    # argparse takes no more positional arguments once options have come between them; overrides may stand anywhere.
+    late = [text for text in rest if "overrides" in known and "=" in text and not text.startswith("-")]
+    if late:
+        known.overrides = [*known.overrides, *late]
+    if unknown := [text for text in rest if text not in late]:
+        hint = " (an override is written KEY=VALUE, without dashes)" if any("=" in text for text in unknown) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    if "call" not in known:
+        parser.print_help(sys.stderr)
+        return 2
+
+    from jaxpo.errors import UserError
+
+    _set_environment()
+    try:
+        known.call(known)
+    except UserError as error:
+        print(_paragraph(f"error: {error}"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from the last checkpoint" if known.command == "train" else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output, `head` say, has seen enough; flushing it at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from jaxpo import config_file, run
+
+    run.train(config_file.load(arguments.config, arguments.overrides))
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from jaxpo import config_file, run
+
+    run.fill_reference(config_file.load(arguments.config, arguments.overrides))
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from jaxpo import config_file, run
+
+    run.inspect_data(config_file.load(arguments.config, arguments.overrides), arguments.split, arguments.examples)
+
+
+def _from_hf(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from jaxpo import run
+
+    run.convert_from_hf(arguments.source, Path(arguments.out))
+
+
+def _to_hf(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from jaxpo import run
+
+    run.convert_to_hf(Path(arguments.source), Path(arguments.out), arguments.dtype)
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    import json
+
+    from jaxpo import config_file
+
+    print(json.dumps(config_file.schema(), indent=2))
+
+
+def _parser() -> argparse.ArgumentParser:
+    invoked = os.path.basename(sys.argv[0])  # noqa: PTH119 - importing pathlib takes longer than all of the parsing
+    prog = "jaxpo" if invoked == "jaxpo" else "python -m jaxpo.launch"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} COMMAND ...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxpo {jaxpo.__version__}", help="print the version")
+    commands = parser.add_subparsers(prog=prog, metavar="COMMAND", dest="command", help=argparse.SUPPRESS)
+
+    train = _command(commands, "train", TRAIN, _train)
+    _takes_config(train)
+    _examples(train, "configs/quickstart.yaml", "configs/quickstart.yaml training.seed=1 output_dir=runs/b")
+
+    reference = _command(commands, "reference", REFERENCE, _reference)
+    _takes_config(reference)
+    _examples(reference, "config.yaml reference.cache_dir=/shared/reference")
+
+    data = _command(commands, "data", DATA, _data)
+    _takes_config(data)
+    data.add_argument("--examples", type=_count, default=3, metavar="N", help="examples to show in full (default 3)")
+    data.add_argument("--split", choices=["train", "eval"], default="train", help="of the config (default train)")
+    _examples(data, "configs/quickstart.yaml", "configs/quickstart.yaml --split eval --examples 1")
+
+    convert = _command(commands, "convert", CONVERT)
+    convert.usage = f"{convert.prog} DIRECTION PATH OUT"
+    directions = convert.add_subparsers(
+        prog=convert.prog, metavar="DIRECTION", dest="direction", required=True, help=argparse.SUPPRESS
+    )
+    from_hf = _command(directions, "from-hf", FROM_HF, _from_hf)
+    from_hf.add_argument("source", metavar="PATH", help="a folder, or a model's id on the hub")
+    from_hf.add_argument("out", metavar="OUT", help="the folder to make")
+    _examples(from_hf, "HuggingFaceTB/SmolLM2-135M-Instruct checkpoints/smollm2")
+    to_hf = _command(directions, "to-hf", TO_HF, _to_hf)
+    to_hf.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run's output_dir, or a checkpoint in it")
+    to_hf.add_argument("out", metavar="OUT", help="the folder to make")
+    to_hf.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights (default: as they are)")
+    _examples(to_hf, "runs/quickstart exported", "runs/quickstart exported --dtype bfloat16")
+
+    schema = _command(commands, "schema", SCHEMA, _schema)
+    _examples(schema, "> jaxpo.schema.json")
+    return parser
+
+
+def _command(
+    group: Any, name: str, description: str, call: Callable[[argparse.Namespace], None] | None = None
+) -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    command = group.add_parser(name, description=description, formatter_class=layout, allow_abbrev=False)
+    if call is not None:
+        command.set_defaults(call=call)
+    return command
+
+
+def _takes_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file")
+    command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changes to the config")
+    command.epilog = OVERRIDES
+
+
+def _examples(command: argparse.ArgumentParser, *lines: str) -> None:
+    shown = "".join(f"  %(prog)s {line}\n" for line in lines)
+    command.epilog = f"examples:\n{shown}{command.epilog or ''}"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of examples")
+    return int(text)
+
+
+def _set_environment() -> None:
+    """Defaults that libraries read when they are imported; what the user has set stays."""
+    cache = os.path.join(os.path.expanduser("~"), ".cache", "jaxpo", "xla")  # noqa: PTH111, PTH118 - see _parser
+    defaults = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        # Notes of XLA, gRPC and transformers ("PyTorch was not found …") that are no concern of the user's.
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "GRPC_VERBOSITY": "ERROR",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        # Tokenising runs in processes of its own; threads besides would only make the library warn about forks.
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _paragraph(text: str) -> str:
+    """The text as one paragraph, broken at the width of the terminal if it goes to one."""
+    import shutil
+    import textwrap
+
+    text = " ".join(text.split())
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

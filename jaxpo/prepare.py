@@ -1,0 +1,211 @@
+"""From a config to the parts of a run: the model's checkpoint, the tokenised data, the mesh, the reference table."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from jaxpo import console
+from jaxpo.batch import PackedBatch
+from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
+from jaxpo.data import dataset, formats, sources
+from jaxpo.data.loader import Corpus
+from jaxpo.data.pack import Packing
+from jaxpo.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from jaxpo.models.checkpoint import Checkpoint, read_checkpoint
+from jaxpo.models.convert import load_decoder
+from jaxpo.models.decoder import Decoder, abstract_decoder
+from jaxpo.models.export import export
+from jaxpo.models.scratch import build
+from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.reference.compute import completion_logps
+from jaxpo.reference.fingerprint import table_key, weights_fingerprint
+from jaxpo.reference.store import fill
+from jaxpo.training.mesh import Layout, make_mesh
+
+# Fields of a decoder's config that shape new weights only, not what given weights compute.
+INITIAL_ONLY = ("std", "residual_std")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with, before any weight is on a device."""
+
+    run: Run
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerFast
+    train: Corpus
+    eval: Corpus | None
+    layout: Layout
+    packing: Packing
+    scorer: Scorer
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        return [self.train] if self.eval is None else [self.train, self.eval]
+
+    def put(self, batch: PackedBatch) -> PackedBatch:
+        """A packed batch on the devices: rows split over them, totals on each."""
+        at = (self.layout.rows if np.ndim(field) > 1 else self.layout.replicated for field in batch)
+        return PackedBatch(*(jax.device_put(field, sharding) for field, sharding in zip(batch, at, strict=True)))
+
+    def load(self, checkpoint: Checkpoint) -> Decoder:
+        """A checkpoint's decoder, in the run's dtype, on the mesh."""
+        abstract = abstract_decoder(checkpoint.decoder_config, self.run.model.dtype)
+        shardings = self.layout.decoder(checkpoint.decoder_config, abstract)
+        return load_decoder(checkpoint, self.run.model.dtype, shardings)
+
+
+def prepare(run: Run, folder: Path) -> Parts:
+    """Find the model (make it, if it is from scratch), tokenise the data, lay out the mesh."""
+    layout = Layout(make_mesh(run.mesh))
+    path, revision = initial_model(run, folder), run.model.revision
+    checkpoint = read_checkpoint(path, revision)
+    for note in checkpoint.notes:
+        console.say(note)
+    tokenizer = load_tokenizer(path, revision)
+    training = run.training
+    packing = Packing(
+        row_length=training.row_length,
+        rows=training.rows_per_device * layout.batch_devices,
+        packed=training.packing,
+        share_prompt=training.share_prompt,
+    )
+    parts = Parts(
+        run=run,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        train=corpus(run, run.data.train, tokenizer),
+        eval=corpus(run, run.data.eval, tokenizer) if run.data.eval else None,
+        layout=layout,
+        packing=packing,
+        scorer=Scorer(
+            compute_dtype=run.model.compute_dtype,
+            remat=run.model.remat,
+            chunk=head_chunk(training.row_length, training.rows_per_device),
+            constrain=layout.constrain,
+            gather=layout.gather_embedding,
+        ),
+    )
+    for one in parts.corpora:
+        one.check_fits(packing)
+    return parts
+
+
+def corpus(run: Run, wanted: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerFast) -> Corpus:
+    """Tokenised sources, each from the cache or made now."""
+    K = run.objective.num_completions
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    tokenised = tuple(dataset.prepare(source, run.data, tokenizer, fingerprint, K) for source in wanted)
+    weights = tuple(source.weight for source in wanted if source.weight is not None)
+    return Corpus(tokenised, weights or None)
+
+
+def initial_model(run: Run, folder: Path) -> str:
+    """The folder or hub id of the weights to start from; a model from scratch is made in `folder`/init, once."""
+    if run.model.scratch is None:
+        assert run.model.path is not None
+        return run.model.path
+    made = folder / "init"
+    if not made.exists():
+        make_from_scratch(run, run.model, run.model.scratch, made)
+    return str(made)
+
+
+def make_from_scratch(run: Run, model: ModelConfig, scratch: Scratch, folder: Path) -> None:
+    """Train a tokenizer on the training rows, draw weights from the seed, and write both as a Hugging Face folder."""
+    console.say(f"training a tokenizer of {scratch.tokenizer.vocab_size} tokens on data.train")
+    texts = (text for source in run.data.train for text in source_texts(source, run.objective.num_completions))
+    tokenizer = train_tokenizer(texts, scratch.tokenizer.vocab_size, scratch.tokenizer.chat_template)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    new = build(scratch.architecture, len(tokenizer), special, jax.random.key(run.training.seed), dtype=model.dtype)
+    export(new.decoder, new.hf_config, folder, tokenizer=tokenizer)
+
+
+def source_texts(source: DataSource, num_completions: int) -> Iterator[str]:
+    """The texts of a source's rows, in order: what a tokenizer learns from."""
+    shape = None
+    for where, row in sources.read(source):
+        record = formats.Record(where, row)
+        shape = shape or formats.detect(record, source.format, num_completions)
+        preference = formats.parse(record, shape, num_completions)
+        if isinstance(preference, formats.Preference):
+            yield from formats.texts(preference)
+
+
+def at_stage(run: Run, folder: Path) -> Run:
+    """The run with `stage:NAME` paths resolved to the exports of earlier stages in the whole run's `folder`."""
+
+    def resolve(path: str | None) -> str | None:
+        if path is None or not path.startswith(STAGE):
+            return path
+        return str(folder / "stages" / path.removeprefix(STAGE) / "export")
+
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, path=resolve(run.model.path)),
+        reference=dataclasses.replace(run.reference, path=resolve(run.reference.path)),
+    )
+
+
+class References(NamedTuple):
+    """Reference log-prob sums [N, K] of the training and evaluation corpus, and how many completions were computed now."""
+
+    train: np.ndarray | None
+    eval: np.ndarray | None
+    computed: int
+    reused: int
+
+
+def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
+    """The reference table of every source, from disk where it is there, else computed and stored.
+
+    `policy` gives the initial weights; they are asked for only if something is to be computed and they are the reference.
+    """
+    run = parts.run
+    if not run.objective.uses_reference:
+        return References(None, None, 0, 0)
+    path = run.reference.path
+    checkpoint = parts.checkpoint if path is None else read_checkpoint(path, run.reference.revision)
+    cache_dir = run.reference.cache_dir.expanduser()
+    weights = weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
+    decoder_config = dataclasses.asdict(checkpoint.decoder_config)
+    loaded: list[Decoder] = []
+
+    def reference() -> Decoder:
+        if path is None:
+            return policy()
+        if not loaded:
+            loaded.append(parts.load(checkpoint))
+        return loaded[0]
+
+    def table(source: dataset.TokenizedDataset) -> tuple[np.ndarray, int, int]:
+        key = table_key(
+            weights=weights,
+            decoder={name: value for name, value in decoder_config.items() if name not in INITIAL_ONLY},
+            dtype=run.model.dtype,
+            compute_dtype=run.model.compute_dtype,
+            examples=source.fingerprint,
+            num_rows=len(source),
+            num_completions=source.num_completions,
+        )
+
+        compute = cache(lambda: completion_logps(reference(), source, parts.scorer, parts.packing, parts.put))
+        filled = fill(cache_dir, key, lambda rows: compute()(rows), example_id=source.id)
+        K = source.num_completions
+        return filled.values, filled.computed_rows * K, filled.reused_rows * K
+
+    tables = [[table(source) for source in one.sources] for one in parts.corpora]
+    whole = [np.concatenate([values for values, _, _ in one]) for one in tables]
+    return References(
+        train=whole[0],
+        eval=whole[1] if len(whole) > 1 else None,
+        computed=sum(computed for one in tables for _, computed, _ in one),
+        reused=sum(reused for one in tables for _, _, reused in one),
+    )

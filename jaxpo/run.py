@@ -1,0 +1,342 @@
+"""The course of a run: from a config to a Hugging Face folder, and the other commands of the command line."""
+
+import dataclasses
+import json
+import resource
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from filelock import FileLock, Timeout
+
+from jaxpo import config_file, console
+from jaxpo.config import Run
+from jaxpo.data import loader
+from jaxpo.errors import UserError
+from jaxpo.evaluation import plots, report
+from jaxpo.models.decoder import Decoder, abstract_decoder
+from jaxpo.models.export import export
+from jaxpo.models.generate import greedy
+from jaxpo.prepare import Parts, References, at_stage, prepare, references
+from jaxpo.training import loop, metrics
+from jaxpo.training.checkpoint import Checkpoints
+from jaxpo.training.evaluate import PREFIX, make_evaluation
+from jaxpo.training.loop import Loop, Progress
+from jaxpo.training.metrics import Record
+from jaxpo.training.optimizer import learning_rate, make_optimizer
+from jaxpo.training.step import TrainState, make_evaluation_step, make_train_step
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+SAMPLES = "samples.json"
+EXPORT = "export"
+
+# What a resumed run may change: it decides speed, memory or what is shown, never what is learnt.
+FREE = (
+    "logging",
+    "mesh",
+    "samples",
+    "data.workers",
+    "data.cache_dir",
+    "reference.cache_dir",
+    "model.remat",
+    "training.row_length",
+    "training.rows_per_device",
+    "training.packing",
+    "training.share_prompt",
+    "training.eval_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+)
+
+
+def train(run: Run) -> Path:
+    """Do the stages of a run that are not done yet, then the run itself; returns its folder."""
+    assert run.output_dir is not None
+    folder = run.output_dir.expanduser()
+    for name, stage in run.stages.items():
+        place = folder / "stages" / name
+        console.rule(f"stage {name}")
+        resolved = dataclasses.replace(at_stage(stage, folder), output_dir=place)
+        train_one(resolved, resolved, place)
+    if run.stages:
+        console.rule(run.objective.name)
+    return train_one(at_stage(run, folder), run, folder)
+
+
+def train_one(run: Run, written: Run, folder: Path) -> Path:
+    """One run in its folder, from the start or from its last checkpoint. `written` is what config.yaml is to say."""
+    with claim(folder, written):
+        if (folder / SUMMARY).exists():
+            console.say(f"{folder} holds a finished run; nothing to do. Its weights are in {folder / EXPORT}.")
+            return folder
+        progress = Progress()
+        with progress.timed("data"):
+            parts = prepare(run, folder)
+            write_dropped(parts, folder)
+        with Checkpoints(folder, run.training) as checkpoints:
+            trained = course(parts, folder, checkpoints, progress)
+            finish(parts, folder, checkpoints, trained)
+    return folder
+
+
+@contextmanager
+def claim(folder: Path, run: Run) -> Iterator[None]:
+    """Hold the run's folder against other processes, and see that what is in it belongs to this run."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            check_same_run(folder, run)
+            write_text(folder / CONFIG, config_file.dump(run))
+        except Timeout:
+            raise UserError(f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own.") from None
+        except OSError as error:
+            raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
+        yield
+
+
+def check_same_run(folder: Path, run: Run) -> None:
+    """Raise UserError if the folder holds something else than this run: nothing is overwritten."""
+    if not (folder / CONFIG).exists():
+        foreign = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "init", "stages"))
+        if foreign:
+            raise UserError(
+                f"output_dir {folder} holds {', '.join(foreign[:4])} but no {CONFIG}, so it is no run of jaxpo; expected a "
+                "new or empty folder."
+            )
+        return
+    before = flat(config_file.as_mapping(config_file.load(folder / CONFIG)))
+    now = flat(config_file.as_mapping(run))
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not is_free(key)
+    ]
+    if changed:
+        raise UserError(
+            f"output_dir {folder} holds a run with another config: {'; '.join(changed)}. Expected the same config, to go on "
+            "with that run, or another output_dir."
+        )
+
+
+def is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
+    return {key: item for part in parts for key, item in part.items()}
+
+
+class Trained(NamedTuple):
+    """What came of a run: its last state, its course in figures, the held-out metrics of the first and the last weights."""
+
+    state: TrainState
+    steps: int
+    progress: Progress
+    references: References
+    evaluate: Callable[[Decoder], Record] | None
+
+
+def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progress) -> Trained:
+    """The reference table, then training, from the start or from the last checkpoint."""
+    run, config, training = parts.run, parts.checkpoint.decoder_config, parts.run.training
+    epoch = len(loader.epoch_order(parts.train, run.data.shuffle, training.seed))
+    steps = loader.num_steps(epoch, training.batch_size, training.num_epochs, training.max_steps)
+    optimizer = make_optimizer(run.optimizer, config, steps, training.max_grad_norm)
+    first = checkpoints.latest() or 0
+    loaded: list[Decoder] = []
+
+    def initial() -> Decoder:
+        if not loaded:
+            with progress.timed("load"):
+                loaded.append(parts.load(parts.checkpoint))
+        return loaded[0]
+
+    with progress.timed("reference"):
+        table = references(parts, initial)
+    abstract = abstract_state(parts, optimizer)
+    if first:
+        loaded.clear()
+        state, saved = checkpoints.restore(first, abstract)
+        progress = progress.after(Progress(**saved))
+        console.say(f"going on from step {first} of {steps}, saved in {checkpoints.path(first)}")
+    else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.optimizer)
+        # The list gives its reference up: no second copy of the weights may live on while they are trained.
+        state = TrainState(
+            step=jax.device_put(np.int32(0), abstract.step.sharding),
+            optimizer=jax.jit(optimizer.init, out_shardings=shardings)(initial()),
+            decoder=loaded.pop(),
+        )
+        with progress.timed("samples"):
+            sample(parts, folder, state.decoder, "before")
+
+    evaluate = None
+    if parts.eval is not None:
+        step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
+        evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
+    sinks = metrics.open_sinks(run, folder, first)
+    state = loop.train(
+        Loop(
+            config=training,
+            folder=folder,
+            num_steps=steps,
+            log_every=run.logging.every,
+            steps_per_epoch=epoch / training.batch_size,
+            step=jax.jit(make_train_step(run.objective, parts.scorer, optimizer), donate_argnums=0),
+            put=parts.put,
+            batches=lambda start: loader.steps(
+                parts.train,
+                table.train,
+                parts.packing,
+                batch_size=training.batch_size,
+                num_epochs=training.num_epochs,
+                shuffle=run.data.shuffle,
+                seed=training.seed,
+                first=start,
+                last=steps,
+            ),
+            example_id=lambda i: parts.train[i].id,
+            evaluate=evaluate,
+            learning_rate=learning_rate(run.optimizer, steps),
+            checkpoints=checkpoints,
+            sinks=sinks,
+        ),
+        state,
+        first,
+        progress,
+    )
+    for sink in sinks:
+        sink.close()
+    return Trained(state, steps, progress, table, evaluate)
+
+
+def abstract_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, dtypes and shardings of the training state."""
+    config = parts.checkpoint.decoder_config
+    decoder = abstract_decoder(config, parts.run.model.dtype)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), decoder, jax.eval_shape(optimizer.init, decoder))
+    return parts.layout.place(config, state)
+
+
+def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
+    """Greedy answers to the first held-out prompts, into samples.json under `when`."""
+    run = parts.run
+    corpus = parts.eval or parts.train
+    prompts = [corpus[i].prompt for i in range(min(run.samples.prompts, len(corpus)))]
+    if not prompts:
+        return
+    answers = greedy(decoder, prompts, run.samples.max_new_tokens, eos_ids(parts), run.model.compute_dtype)
+    path = folder / SAMPLES
+    so_far = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
+    so_far[when] = [parts.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
+    write_text(path, json.dumps(so_far, indent=1, ensure_ascii=False))
+
+
+def eos_ids(parts: Parts) -> frozenset[int]:
+    """The tokens that end an answer: the generation config's and the tokenizer's."""
+    declared = (parts.checkpoint.generation_config or {}).get("eos_token_id")
+    ids = declared if isinstance(declared, list) else [declared]
+    return frozenset(i for i in [*ids, parts.tokenizer.eos_token_id] if i is not None)
+
+
+def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Trained) -> None:
+    """Samples, plots, export, and last of all the summary, which marks the run as finished."""
+    run, progress = parts.run, trained.progress
+    decoder, step = trained.state.decoder, trained.steps
+    if run.export.checkpoint == "best" and (best := checkpoints.best()) not in (None, step):
+        state, _ = checkpoints.restore(best, jax.tree.map(abstract_of, trained.state))
+        decoder, step = state.decoder, best
+        console.say(f"exporting step {best}, the best by {run.training.best_metric}")
+    records = metrics.read(folder)
+    before, after = held_out(records, 0), held_out(records, step)
+    with progress.timed("samples"):
+        sample(parts, folder, decoder, "after")
+    with progress.timed("plots"):
+        plots.write(records, folder / "plots")
+    with progress.timed("export"):
+        export(
+            decoder,
+            parts.checkpoint.hf_config,
+            folder / EXPORT,
+            dtype=run.export.dtype,
+            tokenizer=parts.checkpoint.folder,
+            generation_config=parts.checkpoint.generation_config,
+            max_shard_bytes=int(run.export.max_shard_gb * 1e9),
+        )
+    summary = {
+        "objective": run.objective.name,
+        "before": before,
+        "after": after,
+        "reference": {"computed": trained.references.computed, "reused": trained.references.reused},
+        **progress.rates(),
+        "peak_bytes": peak_bytes(),
+        "dropped": dropped(parts),
+        "truncated": truncated(parts),
+        "steps": trained.steps,
+        "exported_step": step,
+        "examples": progress.examples,
+        "seconds": {stage: round(seconds, 3) for stage, seconds in sorted(progress.seconds.items())},
+    }
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1))
+    report.show(folder, summary)
+
+
+def abstract_of(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def held_out(records: list[Record], step: int) -> Record:
+    """The evaluation's metrics at a step."""
+    lines = [r for r in records if r["step"] == step]
+    return {name: value for line in lines for name, value in line.items() if name.startswith(PREFIX)}
+
+
+def peak_bytes() -> int:
+    """The most memory that was in use: of a device where it tells, else of this process on the host."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def dropped(parts: Parts) -> dict[str, int]:
+    """Rows left out of training and evaluation, by reason."""
+    return dict(sum((Counter(s.dropped) for c in parts.corpora for s in c.sources), Counter()))
+
+
+def truncated(parts: Parts) -> dict[str, int]:
+    """Prompts and completions that were cut."""
+    return dict(sum((Counter(s.truncated) for c in parts.corpora for s in c.sources), Counter()))
+
+
+def write_dropped(parts: Parts, folder: Path) -> None:
+    """dropped.jsonl: every row that was left out, with the reason; and a line on the screen if there are any."""
+    listings = [s.dropped_path.read_text(encoding="utf-8") for c in parts.corpora for s in c.sources]
+    write_text(folder / "dropped.jsonl", "".join(listings))
+    if counts := dropped(parts):
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()))
+        console.say(f"{sum(counts.values())} rows dropped ({reasons}), listed in {folder / 'dropped.jsonl'}")
+    cut = {what: n for what, n in truncated(parts).items() if n}
+    if cut:
+        console.say(f"cut to length: {', '.join(f'{n} {what}s' for what, n in cut.items())}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
