@@ -61,7 +61,9 @@ def as_mapping(run: Run) -> dict[str, Any]:
 
 def dump(run: Run) -> str:
     """YAML from which `load` makes an equal run; every default is written out."""
-    return yaml.dump(as_mapping(run), Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+    return yaml.dump(
+        as_mapping(run), Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120
+    )
 
 
 @cache
@@ -224,7 +226,7 @@ class _Tree:
         values: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            line = key_node.start_mark.line + 1
+            place = override or _Place(0, key_node.start_mark.line + 1, self.source)
             if key_node.tag == _TAG + "merge":
                 bases = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 for base in bases:
@@ -234,18 +236,18 @@ class _Tree:
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
                 text = f"{shown or 'null'} is no key; expected text, in quotes where it looks like a number"
-                self.mistakes.append((override or _Place(0, line, self.source), (), text))
+                self.mistakes.append((place, (), text))
                 continue
             key = key_node.value
             if key in values:
-                lines = f"{self.places[(*path, key)].line} and {line}"
-                self.mistake(
-                    (*path, key), f"{_dotted((*path, key))} is there twice, in lines {lines}; expected it once"
-                )
+                before = self.places[(*path, key)]
+                where = "" if override else f", in lines {before.line} and {place.line}"
+                text = f"{_dotted((*path, key))} is there twice{where}; expected it once"
+                self.mistakes.append((place, (*path, key), text))
                 continue
             # A merge may have noted other places.
             self._forget((*path, key))
-            self.places[(*path, key)] = override or _Place(0, line, self.source)
+            self.places[(*path, key)] = place
             values[key] = self.value(value_node, (*path, key), override)
         return {**merged, **values}
 

@@ -4,6 +4,7 @@ On a terminal, `progress` draws a bar with rate and time left; elsewhere (a log 
 lines. Lines printed by `say` and `warn` while a bar is open appear above it.
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+
+# All but tab and newline.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 console = Console(highlight=False)
 _errors = Console(stderr=True, highlight=False)
@@ -51,9 +55,14 @@ def progress(
     return _lines(description, total, unit, completed)
 
 
+def printable(text: str) -> str:
+    """The text without control characters, with which data or a young model's answer could confuse a terminal."""
+    return _CONTROL.sub("\ufffd", text)
+
+
 def say(text: str) -> None:
     """Print a line to stdout."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def rule(title: str) -> None:
@@ -64,7 +73,7 @@ def rule(title: str) -> None:
 
 def warn(text: str) -> None:
     """Print a line of warning to stderr; above the open bar if there is one and stderr is the terminal too."""
-    line = Text.assemble(("warning: ", "bold yellow"), text)
+    line = Text.assemble(("warning: ", "bold yellow"), printable(text))
     target = console if _bars is not None and _errors.is_terminal else _errors
     target.print(line, soft_wrap=True)
 
@@ -77,7 +86,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         # As Text, so that square brackets in a cell are not taken for markup.
-        grid.add_row(*(Text(f"{cell:.6g}" if isinstance(cell, float) else str(cell)) for cell in row))
+        grid.add_row(*(Text(f"{cell:.6g}" if isinstance(cell, float) else printable(str(cell))) for cell in row))
     console.print(grid)
 
 

@@ -16,7 +16,7 @@ from jaxpo.batch import PackedBatch
 from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
 from jaxpo.data import dataset, formats, sources
 from jaxpo.data.loader import Corpus
-from jaxpo.data.pack import Packing
+from jaxpo.data.pack import Packing, bucket
 from jaxpo.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from jaxpo.models.checkpoint import Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
@@ -95,7 +95,9 @@ def prepare(run: Run, folder: Path) -> Parts:
     )
     for one in parts.corpora:
         one.check_fits(packing)
-    return parts
+    rows = np.ceil(training.batch_size * parts.train.mean_size(packing) / packing.row_length)
+    usual = bucket(int(np.ceil(rows / packing.rows)))
+    return dataclasses.replace(parts, packing=dataclasses.replace(packing, microbatches=usual))
 
 
 def corpus(run: Run, wanted: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerFast) -> Corpus:

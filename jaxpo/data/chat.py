@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 # Templates that write today's date would make other tokens every day; Llama 3's own default date takes its place.
 FIXED_DATE = datetime(2024, 7, 26)
+_DATE_CODES = ("%-d", "%-m", *(f"%{code}" for code in "aAbBdeHIjmMpSyY"))
+# Jinja, not a function: transformers passes only plain data to a template.
+_FIXED_STRFTIME = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace({code!r}, {FIXED_DATE.strftime(code)!r})" for code in _DATE_CODES)
+    + " }}{% endmacro %}"
+)
 
 
 def resolve_template(tokenizer: "PreTrainedTokenizerFast", chat_template: str | None) -> str | None:
@@ -114,7 +121,7 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", template: str | None):
         self.tokenizer = tokenizer
-        self.template = template
+        self.template = f"{_FIXED_STRFTIME}{template}" if template and "strftime_now" in template else template
 
     def __call__(self, rows: Sequence[tuple[Where, Preference]]) -> list[Encoded | Refused]:
         """Token ids of each row. Raises UserError on a row that this tokenizer and template can do nothing with."""
@@ -136,8 +143,6 @@ class Encoder:
                 f"{where} holds messages, but the tokenizer has no chat template to render them with. Name one in "
                 f"data.chat_template: a file, or one of {', '.join(TEMPLATES)}."
             )
-        if "strftime_now" in self.template:
-            kwargs["strftime_now"] = FIXED_DATE.strftime
         try:
             rendered = self.tokenizer.apply_chat_template(
                 messages,

@@ -40,14 +40,13 @@ class Corpus(Sequence[Example]):
         """Tokens [N, K] of each completion."""
         return np.concatenate([s.completion_lengths for s in self.sources])
 
+    def mean_size(self, packing: Packing) -> float:
+        """Tokens that an example takes in a row, on average."""
+        return float(packing.size(self.prompt_lengths, self.completion_lengths).mean())
+
     def check_fits(self, packing: Packing) -> None:
         """Raise UserError unless every example fits into a row."""
-        prompt, completions = self.prompt_lengths, self.completion_lengths
-        longest = int(packing.size(prompt, completions).argmax())
-        at = slice(longest, longest + 1)
-        sizes = packing.size(prompt, completions)
-        if sizes[longest] > packing.row_length:
-            check_fits(packing, prompt[at], completions[at], [self[longest].id])
+        check_fits(packing, self.prompt_lengths, self.completion_lengths, lambda i: self[i].id)
 
 
 class Step(NamedTuple):

@@ -4,7 +4,7 @@ Legend (see `jaxpo.batch`): M microbatches of R rows of T tokens, S = T scored t
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,12 +16,17 @@ from jaxpo.errors import UserError
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows are laid out: tokens in a row, rows in a microbatch, several examples in a row or one, prompt once or K times."""
+    """How rows are laid out: tokens in a row, rows in a microbatch, several examples in a row or one, prompt once or K times.
+
+    Arrays have places for at least `microbatches`: where smaller batches keep the shape of the others, no further program
+    is compiled for them.
+    """
 
     row_length: int
     rows: int
     packed: bool = True
     share_prompt: bool = True
+    microbatches: int = 1
 
     def size(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
         """Tokens [N] that examples take in a row, from prompt lengths [N] and completion lengths [N, K]."""
@@ -56,12 +61,13 @@ def assign_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def check_fits(packing: Packing, prompt: np.ndarray, completions: np.ndarray, names: Sequence[str]) -> None:
-    """Raise UserError unless every example (prompt [N], completions [N, K] tokens, N names) fits into a row."""
+def check_fits(packing: Packing, prompt: np.ndarray, completions: np.ndarray, name: Callable[[int], str]) -> None:
+    """Raise UserError unless every example, of prompt [N] and completions [N, K] tokens, fits into a row."""
     sizes = packing.size(prompt, completions)
-    if len(sizes) and (largest := int(sizes.argmax())) >= 0 and sizes[largest] > packing.row_length:
+    largest = int(sizes.argmax())
+    if sizes[largest] > packing.row_length:
         raise UserError(
-            f"training.row_length is {packing.row_length}, but example {names[largest]} takes {sizes[largest]} tokens "
+            f"training.row_length is {packing.row_length}, but example {name(largest)} takes {sizes[largest]} tokens "
             f"({prompt[largest]} of prompt, {' + '.join(map(str, completions[largest]))} of completions), and "
             f"{int((sizes > packing.row_length).sum())} of {len(sizes)} examples are longer than a row. "
             f"Expected a row_length of at least {sizes[largest]}, or a smaller data.max_length."
@@ -85,13 +91,13 @@ def pack(
     K = len(examples[0].completions)
     prompt_lengths = np.array([len(e.prompt) for e in examples])
     completion_lengths = np.array([[len(c) for c in e.completions] for e in examples])
-    check_fits(packing, prompt_lengths, completion_lengths, [e.id for e in examples])
+    check_fits(packing, prompt_lengths, completion_lengths, lambda i: examples[i].id)
     if packing.packed:
         rows = assign_rows(packing.size(prompt_lengths, completion_lengths).tolist(), T)
     else:
         rows = [[i] for i in range(len(examples))]
     num_microbatches = -(-len(rows) // R)
-    M = bucket(num_microbatches)
+    M = max(bucket(num_microbatches), packing.microbatches)
     X = max(bucket(max(map(len, rows))), T // 32)
 
     tokens, positions, segments, branches, target_positions, target_labels = np.zeros((6, M * R, T), np.int32)

@@ -11,7 +11,6 @@ likeliest openings are curt ones, and with them the greedy answers of such a mod
 import hashlib
 import random
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from typing import Any
 
@@ -313,8 +312,7 @@ def rows(name: str, split: str, seed: int = 0) -> list[Row]:
     Raises UserError for a name or a split that does not exist.
     """
     if name != "customer-service":
-        near = " Did you mean customer-service?" if get_close_matches(name, ["customer-service"]) else ""
-        raise UserError(f"data path jaxpo:{name} is unknown; expected jaxpo:customer-service.{near}")
+        raise UserError(f"The data source jaxpo:{name} is unknown; expected jaxpo:customer-service.")
     if split not in SPLITS:
         raise UserError(f"jaxpo:{name} has no split {split}; expected one of {', '.join(SPLITS)}.")
     return [_row(combination, split, seed, index) for index, combination in enumerate(combinations(split, seed))]

@@ -72,9 +72,9 @@ def show_samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[
         grid = Table.grid(padding=(0, 1))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
-        grid.add_row("prompt", Text(_plain(prompt)))
-        grid.add_row("before", Text(old.strip() or "(nothing)", style="yellow"))
-        grid.add_row("after", Text(new.strip() or "(nothing)", style="green"))
+        grid.add_row("prompt", Text(console.printable(_plain(prompt))))
+        grid.add_row("before", Text(console.printable(old.strip()) or "(nothing)", style="yellow"))
+        grid.add_row("after", Text(console.printable(new.strip()) or "(nothing)", style="green"))
         console.console.print(Panel(grid, title=f"sample {number}", title_align="left", border_style="dim"))
 
 
@@ -111,8 +111,11 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _value(bare: str, value: float | None, sign: str = "") -> str:
     if value is None:
-        return "–"
-    return f"{100.0 * value:{sign}.1f}%" if bare in SHARES else f"{value:{sign}.4f}"
+        return "-"
+    if bare in SHARES:
+        # A change of a share is told in percentage points.
+        return f"{100.0 * value:{sign}.1f} {'pp' if sign else '%'}"
+    return f"{value:{sign}.4f}"
 
 
 def _style(bare: str, old: float | None, new: float | None) -> str:

@@ -88,13 +88,6 @@ PAIRS = {
         {"chosen": say((U, "Hi"), (A, "Hello!")), "rejected": say((U, "Hi"), (A, "What?"))},
         GREETING,
     ),
-    "message transcripts with a tool": (
-        {
-            "chosen": say((U, "Hi"), (A, "look up"), (T, "found"), (A, "Hello!")),
-            "rejected": say((U, "Hi"), (A, "What?")),
-        },
-        Preference(say((U, "Hi")), (say((A, "look up"), (T, "found"), (A, "Hello!")), say((A, "What?")))),
-    ),
     "text transcripts": (
         {"chosen": "The sky is blue.", "rejected": "The sky is green."},
         Preference("The sky is", (" blue.", " green.")),
@@ -201,6 +194,14 @@ def test_single_answers(name: str) -> None:
 def test_single_answers_are_no_preferences(name: str) -> None:
     with pytest.raises(UserError, match=r"rows\.jsonl:7 is of format .* compares 2 answers\. .*objective\.name sft"):
         read(SINGLE[name][0], 2)
+
+
+def test_an_answer_may_use_tools_in_between() -> None:
+    answer = say((A, "look up"), (T, "found"), (A, "Hello!"))
+    row = {"chosen": say((U, "Hi"), *((m["role"], m["content"]) for m in answer)), "rejected": say((U, "Hi"), (A, "What?"))}
+    assert read(row) == Preference(say((U, "Hi")), (answer, say((A, "What?"))))
+    # Alone it is a conversation, of which the last turn is learned.
+    assert read(row, 1) == Preference(say((U, "Hi"), (A, "look up"), (T, "found")), (say((A, "Hello!")),))
 
 
 DROPS = [

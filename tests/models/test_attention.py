@@ -68,8 +68,8 @@ def test_padding_puts_out_zero_and_passes_no_gradient() -> None:
 
 def test_probabilities_are_not_kept_for_the_backward_pass() -> None:
     q, k, v = heads()
-    arrays = [jnp.asarray(a) for a in (SEGMENTS, BRANCHES, POSITIONS)]
-    _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, *arrays), q, k, v)
+    segments, branches, positions = (jnp.asarray(a) for a in (SEGMENTS, BRANCHES, POSITIONS))
+    _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, segments, branches, positions), q, k, v)
     kept = [np.shape(leaf) for leaf in jax.tree.leaves(pull)]
     assert (1, T, 4, 8) in kept, "the queries are kept"
     assert not [shape for shape in kept if shape.count(T) > 1]
