@@ -7,9 +7,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jaxpo
+
+if TYPE_CHECKING:
+    from jaxpo.config import Run
 
 # Help is broken by hand, to fit the narrowest terminals, so that lists and examples stay as they are.
 DESCRIPTION = """\
@@ -108,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_environment()
     try:
         known.call(known)
+        sys.stdout.flush()
     except UserError as error:
         print(_paragraph(f"error: {error}"), file=sys.stderr)
         return 2
@@ -122,22 +126,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from jaxpo import config_file, run
+def _load(arguments: argparse.Namespace) -> "Run":
+    from pathlib import Path
 
-    run.train(config_file.load(arguments.config, arguments.overrides))
+    from jaxpo import config_file
+
+    return config_file.load(Path(arguments.config), arguments.overrides)
+
+
+# The config is read before `run` is imported, which takes seconds: a mistake in it is told without delay.
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _load(arguments)
+    from jaxpo import run
+
+    run.train(config)
 
 
 def _reference(arguments: argparse.Namespace) -> None:
-    from jaxpo import config_file, run
+    config = _load(arguments)
+    from jaxpo import run
 
-    run.fill_reference(config_file.load(arguments.config, arguments.overrides))
+    run.fill_reference(config)
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from jaxpo import config_file, run
+    config = _load(arguments)
+    from jaxpo import run
 
-    run.inspect_data(config_file.load(arguments.config, arguments.overrides), arguments.split, arguments.examples)
+    run.inspect_data(config, arguments.split, arguments.examples)
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
@@ -193,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     _examples(data, "configs/quickstart.yaml", "configs/quickstart.yaml --split eval --examples 1")
 
     convert = _command(commands, "convert", CONVERT)
+    _examples(convert, "from-hf org/model here", "to-hf runs/quickstart exported")
     convert.usage = f"{convert.prog} DIRECTION PATH OUT"
     directions = convert.add_subparsers(
         prog=convert.prog, metavar="DIRECTION", dest="direction", required=True, help=argparse.SUPPRESS

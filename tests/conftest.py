@@ -1,7 +1,10 @@
 """Fixtures every test may use. The suite runs on eight simulated CPU devices."""
 
+import json
 import os
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,3 +35,68 @@ def smollm2(shared: Path) -> Path:
     if not (folder / "model.safetensors").exists():
         pytest.skip(f"needs the weights that {shared / 'models/get_smollm2.py'} writes")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a run of seconds needs: dpo.yaml and sft.yaml, their rows, and llama/, a model of random weights.
+
+    The configs have every key but output_dir; tests give that, and what else they want otherwise, as overrides.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    return folder
+
+
+TINY_CONFIG = """\
+model: {{path: {folder}/llama, compute_dtype: float32, remat: none}}
+data:
+  train: [{{path: {folder}/{kind}.jsonl}}]
+  eval: [{{path: {folder}/{kind}-eval.jsonl}}]
+  max_length: 128
+  cache_dir: {folder}/data
+objective: {{name: {kind}}}
+reference: {{cache_dir: {folder}/reference}}
+training: {{batch_size: 8, row_length: 256, max_steps: 6, eval_every: 3, save_every: 2}}
+optimizer: {{learning_rate: 1.0e-2, schedule: cosine, warmup_ratio: 0.2, weight_decay: 0.1}}
+mesh: {{data: 1, fsdp: -1, tensor: 1}}
+logging: {{every: 1}}
+samples: {{prompts: 0}}
+"""
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}
+
+
+def make_tiny(folder: Path) -> None:
+    """Write the folder of `tiny`. 80 pairs to train on make two chunks of the reference table: a kill can fall between."""
+    from jaxpo.data import world
+    from jaxpo.data.tokenizer import train_tokenizer
+    from jaxpo.models.export import export
+    from jaxpo.models.scratch import build
+
+    def english(split: str, count: int) -> list[dict[str, Any]]:
+        return list(islice((row for row in world.rows("customer-service", split) if str(row).isascii()), count))
+
+    rows = {
+        "dpo": english("train", 80),
+        "dpo-eval": english("test", 16),
+        "sft": english("sft-train", 64),
+        "sft-eval": english("sft-test", 16),
+    }
+    for name, listed in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
+    for kind in ("dpo", "sft"):
+        (folder / f"{kind}.yaml").write_text(TINY_CONFIG.format(folder=folder, kind=kind), encoding="utf-8")
+    texts = (message["content"] for row in rows["dpo"] for part in row.values() for message in part)
+    tokenizer = train_tokenizer(texts, 400, "chatml")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    new = build(TINY_LLAMA, len(tokenizer), special, jax.random.key(0))
+    export(new.decoder, new.hf_config, folder / "llama", tokenizer=tokenizer)

@@ -5,6 +5,7 @@ again with the answer after it; the completion is what follows the tokens both s
 once, and gets EOS.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -126,15 +127,11 @@ class Encoder:
     def __call__(self, rows: Sequence[tuple[Where, Preference]]) -> list[Encoded | Refused]:
         """Token ids of each row. Raises UserError on a row that this tokenizer and template can do nothing with."""
         plans: list[list[str] | Refused] = [self._texts(where, preference) for where, preference in rows]
-        flat = [text for plan in plans if not isinstance(plan, Refused) for text in plan]
-        ids = iter([encoding.ids for encoding in self._backend.encode_batch_fast(flat, add_special_tokens=False)])
-        encoded: list[Encoded | Refused] = []
-        for (_, preference), plan in zip(rows, plans, strict=True):
-            if isinstance(plan, Refused):
-                encoded.append(plan)
-            else:
-                encoded.append(self._split(preference, plan, [next(ids) for _ in plan]))
-        return encoded
+        ids = iter(self._tokenise([plan for plan in plans if not isinstance(plan, Refused)]))
+        return [
+            plan if isinstance(plan, Refused) else self._split(preference, plan, next(ids))
+            for (_, preference), plan in zip(rows, plans, strict=True)
+        ]
 
     def render(self, messages: list[Message], where: Where | str, *, add_generation_prompt: bool, **kwargs: Any) -> str:
         """The text of a conversation. Raises jinja2.TemplateError where the template refuses it by its own rules."""
@@ -168,6 +165,55 @@ class Encoder:
         bare = self._backend.encode("a", add_special_tokens=False).ids
         starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
         return whole[: starts[0]] if starts else []
+
+    def _tokenise(self, plans: list[list[str]]) -> list[list[list[int]]]:
+        """Token ids of every text, tokenising once what the texts of a row begin with."""
+        flat: list[str] = []
+        for texts in plans:
+            end = self._cut(texts)
+            flat += [texts[0][:end], *(text[end:] for text in texts)]
+        ids = iter([encoding.ids for encoding in self._backend.encode_batch_fast(flat, add_special_tokens=False)])
+        tokenised: list[list[list[int]]] = []
+        for texts in plans:
+            head = next(ids)
+            tokenised.append([head + next(ids) for _ in texts])
+        return tokenised
+
+    def _cut(self, texts: list[str]) -> int:
+        """Where the prompt's last special token ends, if all texts begin with the prompt, else 0."""
+        prompt = texts[0]
+        if not self._cut_tokens or not all(text.startswith(prompt) for text in texts):
+            return 0
+        found = [m.end() for m in self._added_tokens.finditer(prompt) if m.group() in self._cut_tokens]
+        return found[-1] if found else 0
+
+    @cached_property
+    def _added_tokens(self) -> re.Pattern[str]:
+        """Added tokens as the tokenizer finds them in a text: from the left, the longest first."""
+        added = self._backend.get_added_tokens_decoder().values()
+        contents = [token.content for token in added if not token.normalized]
+        return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
+
+    @cached_property
+    def _cut_tokens(self) -> frozenset[str]:
+        """Special tokens behind which a text is tokenised as if it stood alone; none where a trial shows otherwise.
+
+        Tokenizers split a text at its special tokens first. What follows one depends on it only if it swallows spaces,
+        or if the tokenizer marks the beginning of the text, as some of SentencePiece's do.
+        """
+        added = self._backend.get_added_tokens_decoder().values()
+        usable = [
+            token.content
+            for token in added
+            if token.special and not (token.normalized or token.rstrip or token.single_word)
+            if sum(token.content in other.content for other in added) == 1
+        ]
+        trials = [[token + text, token, text] for token in usable for text in ("a", " a", "  ", "\na", "A b", "中")]
+        for trial in trials:
+            whole, token, text = self._backend.encode_batch_fast(trial, add_special_tokens=False)
+            if whole.ids != token.ids + text.ids:
+                return frozenset()
+        return frozenset(usable)
 
     def _texts(self, where: Where, preference: Preference) -> list[str] | Refused:
         """The prompt, then the prompt with each completion, as text."""

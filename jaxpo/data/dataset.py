@@ -80,6 +80,8 @@ class TokenizedDataset:
         shape = (meta["examples"], self.num_completions + 1)
         if self._lengths.shape != shape or self._wheres.shape != (shape[0], 2):
             raise DamagedCacheError(f"{folder}: lengths.npy or wheres.npy is not of {shape[0]} examples")
+        if not self.dropped_path.is_file():
+            raise DamagedCacheError(f"{folder}: dropped.jsonl is missing")
         # Where each part of each example begins, and where the last one ends.
         self._starts = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
         if self._tokens.shape != (self._starts[-1],):

@@ -53,8 +53,13 @@ def read_file(path: Path, shown: str, *, bare_text: bool = False) -> Iterator[tu
         elif isinstance(row, str) and bare_text:
             yield where, {"text": row}
         else:
-            hint = " Is this a JSON array? Then name the file .json." if isinstance(row, list) else ""
-            raise UserError(f"{where} holds {_json_type(row)}, expected an object with a column under each key.{hint}")
+            hints = {
+                list: " If the file is one JSON array, name it .json.",
+                str: " Plain strings are read with format: text.",
+            }
+            raise UserError(
+                f"{where} holds {_json_type(row)}, expected an object with a column under each key.{hints.get(type(row), '')}"
+            )
 
 
 def count_rows(path: Path) -> int | None:

@@ -26,7 +26,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 class Preference:
     """A prompt with its completions, the chosen one first: all plain text, or all lists of messages.
 
-    `template_kwargs` go to the chat template (`tools`).
+    `template_kwargs` go to the chat template: the row's `tools` and `chat_template_kwargs`.
     """
 
     prompt: Said

@@ -80,12 +80,12 @@ def show_summary(dataset: TokenizedDataset) -> None:
         ("prompt and completion part early", dataset.boundary_moved),
         ("completions without an end", dataset.without_end),
     ]
-    console.table(f"{dataset.path} ({dataset.split})", ("", "count"), rows)
+    console.table(f"{dataset.path} ({dataset.split})", ("", "value"), rows)
     prompts, completions = dataset.prompt_lengths, dataset.completion_lengths
     lengths = [("prompt", prompts)]
     lengths += [(completion_name(k, K), completions[:, k - 1]) for k in range(1, K + 1)]
-    lengths += [("prompt with longest completion", prompts + completions.max(axis=1))]
-    lengths += [("example, prompt once", prompts + completions.sum(axis=1))]
+    lengths += [("prompt + longest", prompts + completions.max(axis=1))]
+    lengths += [("example", prompts + completions.sum(axis=1))]
     names = ["min", *(f"{p}%" for p in PERCENTILES[1:-1]), "max"]
     console.table(
         "tokens",

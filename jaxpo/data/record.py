@@ -70,7 +70,10 @@ class Record:
                 tools = json.loads(tools)
             except ValueError as error:
                 raise self.wrong("tools", "a JSON array of tool descriptions") from error
-        return {"tools": tools} if tools else {}
+        kwargs = self.row.get("chat_template_kwargs") or {}
+        if not isinstance(kwargs, dict):
+            raise self.wrong("chat_template_kwargs", "an object")
+        return {**kwargs, "tools": tools} if tools else kwargs
 
     def _message(self, column: str, message: Any) -> Message:
         if not isinstance(message, dict):

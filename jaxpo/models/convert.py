@@ -80,8 +80,9 @@ class _Filling:
             self._array = self._place(value, self.sharding)
         else:
             if self._array is None:
-                zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=self.sharding)
-                self._array = zeros(self.shape, self.dtype)
+                # From a number given at run time: XLA would keep a constant of this size in the compiled program.
+                fill = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=self.sharding)
+                self._array = fill(np.zeros((), self.dtype), self.shape)
                 self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=self.sharding)
             self._array = self._insert(self._array, self._place(value, _without_first_axis(self.sharding)), layer)
         # Devices work behind our back: without waiting, the copies of many tensors would pile up on the host.

@@ -1,21 +1,24 @@
 """Token ids: templates, the boundary of prompt and completion, BOS and EOS, limits."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxpo.data.chat import Encoded, Encoder, Limits, Refused, fit, resolve_template
 from jaxpo.data.files import Where
 from jaxpo.data.formats import Preference
+from jaxpo.data.record import Message
 from jaxpo.data.templates import TEMPLATES
 from jaxpo.data.tokenizer import load_tokenizer, train_tokenizer
 from jaxpo.errors import UserError
 
 WHERE = Where("rows.jsonl:", 7)
+PROMPT: list[Message] = [{"role": "user", "content": "the cat"}]
 CHAT = Preference(
-    [{"role": "user", "content": "the cat"}],
+    PROMPT,
     ([{"role": "assistant", "content": "sat"}], [{"role": "assistant", "content": "hello"}]),
 )
 # As Qwen3's: the answer is rendered with a thought that the generation prompt does not have.
@@ -33,7 +36,7 @@ THOUGHTLESS = (
 
 def word_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
     """A token per word, which puts BOS before and EOS after a text if asked to."""
-    words = ["<s>", "</s>", "<unk>", *"the cat sat hello world".split()]
+    words = ["<s>", "</s>", "<unk>", *["the", "cat", "sat", "hello", "world"]]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
@@ -41,6 +44,15 @@ def word_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokeniz
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     )
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))
+
+
+def own(tokenizer: PreTrainedTokenizerFast) -> str:
+    assert isinstance(tokenizer.chat_template, str)
+    return tokenizer.chat_template
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, preference: Preference, template: str | None = None) -> Encoded:
@@ -52,38 +64,38 @@ def encode(tokenizer: PreTrainedTokenizerFast, preference: Preference, template:
 def test_a_completion_is_what_the_template_renders_after_the_generation_prompt(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    encoded = encode(tokenizer, CHAT, tokenizer.chat_template)
-    assert tokenizer.decode(encoded.prompt) == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
-    assert [tokenizer.decode(c) for c in encoded.completions] == ["sat<|im_end|>\n", "hello<|im_end|>\n"]
+    encoded = encode(tokenizer, CHAT, own(tokenizer))
+    assert decode(tokenizer, encoded.prompt) == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    assert [decode(tokenizer, c) for c in encoded.completions] == ["sat<|im_end|>\n", "hello<|im_end|>\n"]
     assert encoded.lost == []
 
 
 def test_what_the_template_adds_to_an_answer_belongs_to_the_completion(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode(tokenizer, CHAT, THINKING)
-    assert tokenizer.decode(encoded.prompt).endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(encoded.completions[0]) == "<think>\n\n</think>\n\nsat<|im_end|>\n"
+    assert decode(tokenizer, encoded.prompt).endswith("<|im_start|>assistant\n")
+    assert decode(tokenizer, encoded.completions[0]) == "<think>\n\n</think>\n\nsat<|im_end|>\n"
     assert encoded.lost == []
 
 
 def test_where_prompt_and_answer_part_early_the_prompt_loses_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode(tokenizer, CHAT, THOUGHTLESS)
-    assert tokenizer.decode(encoded.prompt).endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(encoded.completions[0]) == "sat<|im_end|>\n"
-    assert tokenizer.decode(encoded.lost) == "<think></think>"
+    assert decode(tokenizer, encoded.prompt).endswith("<|im_start|>assistant\n")
+    assert decode(tokenizer, encoded.completions[0]) == "sat<|im_end|>\n"
+    assert decode(tokenizer, encoded.lost) == "<think></think>"
 
 
 def test_tokens_that_merge_across_the_boundary_go_to_the_completion(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer.encode(" cat")) == 1
     encoded = encode(tokenizer, Preference("the ", ("cat",)))
-    assert tokenizer.decode(encoded.prompt) == "the"
-    assert tokenizer.decode(encoded.completions[0]) == " cat<|im_end|>"
-    assert tokenizer.decode(encoded.lost) == " "
+    assert decode(tokenizer, encoded.prompt) == "the"
+    assert decode(tokenizer, encoded.completions[0]) == " cat<|im_end|>"
+    assert decode(tokenizer, encoded.lost) == " "
 
 
 def test_the_prompt_is_what_every_completion_shares(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode(tokenizer, Preference("the ", ("cat", "  ")))
-    assert tokenizer.decode(encoded.prompt) == "the"
-    assert [tokenizer.decode(c) for c in encoded.completions] == [" cat<|im_end|>", "   <|im_end|>"]
+    assert decode(tokenizer, encoded.prompt) == "the"
+    assert [decode(tokenizer, c) for c in encoded.completions] == [" cat<|im_end|>", "   <|im_end|>"]
 
 
 @pytest.mark.parametrize("eos", [False, True])
@@ -123,7 +135,7 @@ def test_text_alone_without_a_bos_is_refused() -> None:
 def test_pad_equal_to_eos_changes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     same = train_tokenizer(["the cat sat on the mat, and the dog said hello there"] * 20, 300, "chatml")
     same.pad_token = same.eos_token
-    assert encode(same, CHAT, same.chat_template) == encode(tokenizer, CHAT, tokenizer.chat_template)
+    assert encode(same, CHAT, own(same)) == encode(tokenizer, CHAT, own(tokenizer))
 
 
 def test_a_row_the_template_refuses_is_refused_in_its_words(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -163,7 +175,7 @@ def test_tools_reach_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tool = {"type": "function", "function": {"name": "cat", "description": "", "parameters": {}}}
     template = "{% for t in tools %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
     preference = Preference(CHAT.prompt, CHAT.completions, {"tools": [tool]})
-    assert tokenizer.decode(encode(tokenizer, preference, template).prompt).startswith("catthe")
+    assert decode(tokenizer, encode(tokenizer, preference, template).prompt).startswith("catthe")
 
 
 def test_templates_come_from_the_config_or_the_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -191,29 +203,47 @@ def test_an_unknown_template_names_the_nearest(tmp_path: Path, tokenizer: PreTra
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_built_in_templates_end_an_answer_with_eos_and_share_the_prompt(name: str) -> None:
     tokenizer = train_tokenizer(["the cat sat"], 300, name)
-    preference = Preference([{"role": "system", "content": "be"}, *CHAT.prompt], CHAT.completions)  # pyright: ignore[reportGeneralTypeIssues]
-    encoded = encode(tokenizer, preference, tokenizer.chat_template)
+    preference = Preference([{"role": "system", "content": "be"}, *PROMPT], CHAT.completions)
+    encoded = encode(tokenizer, preference, own(tokenizer))
     assert encoded.lost == []
     for completion, answer in zip(encoded.completions, ("sat", "hello"), strict=True):
-        assert tokenizer.decode(completion).startswith(answer)
+        assert decode(tokenizer, completion).startswith(answer)
         assert tokenizer.eos_token_id in completion[-4:]
-    assert encoded.prompt.count(tokenizer.bos_token_id) <= 1
+    assert decode(tokenizer, encoded.prompt).count(str(tokenizer.bos_token)) <= 1
 
 
-def test_shared_text_is_tokenised_once_with_the_same_result(shared: Path) -> None:
-    tokenizer = load_tokenizer(str(shared / "models/smollm2-135m-instruct"))
-    contents = ["", " ", "\n", "a", " a", "\n\na", "中文", "a<|im_end|>b", "<|im_end|>\n", "<|im_start|>", "  x  "]
-    rows = [
-        (WHERE, Preference([{"role": "user", "content": p}], tuple([{"role": "assistant", "content": c}] for c in (a, b))))
-        for p in contents
-        for a, b in zip(contents, contents[1:], strict=False)
-    ]
-    encoder = Encoder(tokenizer, tokenizer.chat_template)
-    for (_, preference), encoded in zip(rows, encoder(rows), strict=True):
-        assert isinstance(encoded, Encoded)
-        for answer, completion in zip(preference.completions, encoded.completions, strict=True):
-            text = tokenizer.apply_chat_template([*preference.prompt, *answer], tokenize=False)  # pyright: ignore[reportGeneralTypeIssues]
-            assert encoded.prompt + completion == tokenizer.encode(text, add_special_tokens=False)
+CONTENTS = ["", " ", "\n", "a", " a", "\n\na", "中文", "a<|im_end|>b", "<|im_end|>\n", "<|im_start|>", "  x  "]
+
+
+def assert_as_tokenised_whole(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """What the texts of a row begin with is tokenised once; the result must be that of every text tokenised whole."""
+    encoder = Encoder(tokenizer, TEMPLATES["chatml"].source)
+    prompts = [[{"role": "user", "content": content}] for content in CONTENTS]
+    answers = [[{"role": "assistant", "content": content}] for content in CONTENTS]
+    rows = [(prompt, pair) for prompt in prompts for pair in pairwise(answers)]
+    encoded = encoder([(WHERE, Preference(prompt, pair)) for prompt, pair in rows])
+    for (prompt, pair), result in zip(rows, encoded, strict=True):
+        assert isinstance(result, Encoded)
+        for answer, completion in zip(pair, result.completions, strict=True):
+            text = encoder.render([*prompt, *answer], WHERE, add_generation_prompt=False)
+            assert result.prompt + completion == tokenizer.encode(text, add_special_tokens=False)
+    return encoder
+
+
+def test_a_shared_prompt_is_tokenised_once_with_the_same_result(shared: Path) -> None:
+    encoder = assert_as_tokenised_whole(load_tokenizer(str(shared / "models/smollm2-135m-instruct")))
+    assert encoder._cut(["<|im_start|>user\na", "<|im_start|>user\nab"]) == len("<|im_start|>")
+
+
+def test_a_tokenizer_that_marks_the_beginning_of_a_text_tokenises_it_whole() -> None:
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    texts = [*CONTENTS, "user\nassistant", "a b c a b"] * 5
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>")
+    encoder = assert_as_tokenised_whole(tokenizer)
+    assert encoder._cut(["<|im_start|>user\na", "<|im_start|>user\nab"]) == 0
 
 
 FIVE, THREE = [1, 2, 3, 4, 5], [7, 8, 9]

@@ -70,17 +70,9 @@ def test_every_dropped_row_is_counted_and_listed(write, tokenised) -> None:
     ]
     path = write(rows)
     data = tokenised(path, max_length=40)
-    assert data.dropped == {
-        reason: 1
-        for reason in (
-            "empty_answer",
-            "equal_answers",
-            "empty_prompt",
-            "tie",
-            "no_completion_left",
-            "equal_after_truncation",
-        )
-    }
+    assert data.dropped == dict.fromkeys(
+        ("empty_answer", "equal_answers", "empty_prompt", "tie", "no_completion_left", "equal_after_truncation"), 1
+    )
     lines = [json.loads(line) for line in data.dropped_path.read_text(encoding="utf-8").splitlines()]
     assert [(line["where"], line["reason"]) for line in lines] == list(
         zip([f"{path}:{i}" for i in range(2, 8)], data.dropped, strict=True)
@@ -205,7 +197,7 @@ def test_the_cache_follows_tokenizer_and_template(write, tokenised, makes: list[
     other.eos_token = "<|endoftext|>"
     tokenised(path, tokenizer=other)
     assert len(makes) == 3
-    other.chat_template += "{# changed #}"
+    other.chat_template = f"{other.chat_template}{{# changed #}}"
     tokenised(path, tokenizer=other)
     assert len(makes) == 4
 
@@ -244,6 +236,13 @@ def test_a_damaged_cache_is_made_anew_with_a_warning(
     assert "damaged and made anew" in capsys.readouterr().err
     assert after.fingerprint == before.fingerprint
     assert after[0].prompt.tolist() == tokenised(path)[0].prompt.tolist()
+
+
+def test_a_cache_without_its_list_of_dropped_rows_is_made_anew(write, tokenised, makes: list[Path], capsys) -> None:
+    path = write([CHAT, {**CHAT, "chosen": ""}])
+    tokenised(path).dropped_path.unlink()
+    assert tokenised(path).dropped_path.read_text().count("empty_answer") == 1
+    assert "dropped.jsonl is missing" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_changed_token_in_the_cache_is_noticed(write, tokenised, makes: list[Path], capsys) -> None:

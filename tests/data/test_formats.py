@@ -123,11 +123,12 @@ SINGLE = {
             ),
             "system": "",
             "tools": '[{"name": "look up"}]',
+            "chat_template_kwargs": {"enable_thinking": False},
         },
         Preference(
             say((U, "Hi"), (A, "look up"), (T, "found")),
             (say((A, "Hello!")),),
-            {"tools": [{"name": "look up"}]},
+            {"tools": [{"name": "look up"}], "enable_thinking": False},
         ),
     ),
     "conversations with roles": (
@@ -156,7 +157,11 @@ SINGLE = {
     "messages in parts": (
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                    "name": None,
+                },
                 {"role": "assistant", "content": "c"},
             ]
         },
@@ -198,7 +203,10 @@ def test_single_answers_are_no_preferences(name: str) -> None:
 
 def test_an_answer_may_use_tools_in_between() -> None:
     answer = say((A, "look up"), (T, "found"), (A, "Hello!"))
-    row = {"chosen": say((U, "Hi"), *((m["role"], m["content"]) for m in answer)), "rejected": say((U, "Hi"), (A, "What?"))}
+    row = {
+        "chosen": [*say((U, "Hi")), *answer],
+        "rejected": say((U, "Hi"), (A, "What?")),
+    }
     assert read(row) == Preference(say((U, "Hi")), (answer, say((A, "What?"))))
     # Alone it is a conversation, of which the last turn is learned.
     assert read(row, 1) == Preference(say((U, "Hi"), (A, "look up"), (T, "found")), (say((A, "Hello!")),))
@@ -282,10 +290,22 @@ def test_scores_and_the_rejected_answer_do_not_matter_to_supervised_training() -
             "auto",
             r"has the columns chosen, prompt \(null: rejected\), which fits no",
         ),
-        ({"chosen": "a", "rejected": "b"}, "pairs", r"data\.\*\.format: pairs\). Expected pairs: chosen, prompt, rejected"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "pairs",
+            r"data\.\*\.format: pairs\). Expected pairs: chosen, prompt, rejected",
+        ),
         ({"messages": say((U, "a"), (A, "b")), "label": False}, "auto", "the label marks binary feedback"),
-        ({"prompt": "p", "chosen": 3, "rejected": "b"}, "auto", r"rows\.jsonl:7: column chosen is 3, expected a list of"),
-        ({"prompt": "p", "chosen": [], "rejected": "b"}, "auto", r"column chosen is list \[\], expected a list of mess"),
+        (
+            {"prompt": "p", "chosen": 3, "rejected": "b"},
+            "auto",
+            r"rows\.jsonl:7: column chosen is 3, expected a list of",
+        ),
+        (
+            {"prompt": "p", "chosen": [], "rejected": "b"},
+            "auto",
+            r"column chosen is list \[\], expected a list of mess",
+        ),
         ({"prompt": "p", "chosen": ["x"], "rejected": "b"}, "auto", r"chosen\[0\] is 'x', expected a message"),
         (
             {"prompt": "p", "chosen": [{"role": "Bob", "content": "x"}], "rejected": "b"},
@@ -302,7 +322,11 @@ def test_scores_and_the_rejected_answer_do_not_matter_to_supervised_training() -
             "auto",
             r"chosen\[0\]\.content holds parts that are not text",
         ),
-        ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, "auto", "chosen holds half of a surrogate pair at char"),
+        (
+            {"prompt": "p", "chosen": "a\ud800", "rejected": "b"},
+            "auto",
+            "chosen holds half of a surrogate pair at char",
+        ),
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_score": 1},
             "auto",
@@ -323,14 +347,26 @@ def test_scores_and_the_rejected_answer_do_not_matter_to_supervised_training() -
             "auto",
             "column overall_preference is 'A', expected a number",
         ),
-        ({"chosen": say((U, "a"), (A, "b")), "rejected": "b"}, "auto", "column rejected is 'b', expected of the same kind"),
-        ({"conversations": "hi", "chosen": "a", "rejected": "b"}, "auto", "column conversations is 'hi', expected a list"),
+        (
+            {"chosen": say((U, "a"), (A, "b")), "rejected": "b"},
+            "auto",
+            "column rejected is 'b', expected of the same kind",
+        ),
+        (
+            {"conversations": "hi", "chosen": "a", "rejected": "b"},
+            "auto",
+            "column conversations is 'hi', expected a list",
+        ),
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "tools": "[", "text": "t"},
             "pairs",
             "column tools is '\\[', expected a JSON array",
         ),
-        ({"instruction": ["x"], "chosen": "a", "rejected": "b"}, "auto", "column instruction is list .* expected a string"),
+        (
+            {"instruction": ["x"], "chosen": "a", "rejected": "b"},
+            "auto",
+            "column instruction is list .* expected a string",
+        ),
         (
             {"instruction": "i", "history": ["x"], "chosen": "a", "rejected": "b"},
             "auto",
@@ -350,7 +386,7 @@ def test_a_labelled_answer_is_read_where_the_format_is_named() -> None:
 
 def test_a_later_row_must_fit_the_first_ones_format() -> None:
     shape = detect(Record(Where("a:", 1), HH), "auto", 2)
-    with pytest.raises(UserError, match="a:2 has the columns chosen, which fits no format .*transcripts: chosen, rejected"):
+    with pytest.raises(UserError, match=r"a:2 has the columns chosen, which fits no .*transcripts: chosen, rejected"):
         parse(Record(Where("a:", 2), {"chosen": "x"}), shape, 2)
 
 
@@ -359,7 +395,10 @@ def test_every_text_is_there_for_a_tokenizer_to_learn_from() -> None:
     assert list(texts(Preference("p", ("a",)))) == ["p", "a"]
 
 
-@pytest.mark.parametrize(("name", "n", "format"), [("dpo_en", 2, "conversations"), ("dpo_zh", 2, "conversations"), ("alpaca_en", 1, "alpaca")])
+@pytest.mark.parametrize(
+    ("name", "n", "format"),
+    [("dpo_en", 2, "conversations"), ("dpo_zh", 2, "conversations"), ("alpaca_en", 1, "alpaca")],
+)
 def test_the_demo_files_of_llama_factory(shared: Path, name: str, n: int, format: str) -> None:
     rows = json.loads((shared / f"data/llamafactory-demo/{name}_demo.json").read_text(encoding="utf-8"))
     assert detect(Record(Where("", 1), rows[0]), "auto", n).format == format

@@ -45,8 +45,8 @@ def test_the_summary_counts_rows_and_lengths(write, tokenised, capsys) -> None:
     assert cells["dropped: empty_answer"] == ["1"]
     P, (C, R) = data.prompt_lengths[0], data.completion_lengths[0]
     assert cells["chosen"] == [str(C)] * 6 + [f"{C:.1f}", str(2 * C)]
-    assert cells["prompt with longest completion"][0] == str(P + max(C, R))
-    assert cells["example, prompt once"][0] == str(P + C + R)
+    assert cells["prompt + longest"][0] == str(P + max(C, R))
+    assert cells["example"][0] == str(P + C + R)
 
 
 def test_an_example_is_shown_with_its_special_tokens_and_masks(
@@ -62,7 +62,7 @@ def test_an_example_is_shown_with_its_special_tokens_and_masks(
     P, C, R = len(example.prompt), *map(len, example.completions)
     assert rows[0][0] == "0" and rows[0][3:] == ["prompt, shared", "no"]
     assert rows[2] == ["…", "…", f"({P - 4} more)", "prompt, shared", "no"]
-    assert [row[0] for row in rows if row[3] == "rejected"][0] == str(P)
+    assert next(row[0] for row in rows if row[3] == "rejected") == str(P)
     assert {row[4] for row in rows if row[3] in ("chosen", "rejected")} == {"yes"}
     show_example(example, tokenizer, edge=None)
     assert sum("│" in line for line in capsys.readouterr().out.splitlines()) == P + C + R
@@ -73,7 +73,7 @@ def test_packing_fill_is_tokens_over_places(write, tokenised) -> None:
     size = int(data.prompt_lengths[0] + data.completion_lengths[0].sum())
     fill = packing_fill(data, Packing(2 * size, rows=1), batch_size=4)
     # Rows of two: two rows for the first four, two for the last three.
-    assert fill == Fill(fraction=pytest.approx(7 / 8), rows_per_batch=2.0, too_long=0)
+    assert fill == Fill(fraction=7 / 8, rows_per_batch=2.0, too_long=0)
     alone = packing_fill(data, Packing(2 * size, rows=1, packed=False), batch_size=4)
     assert alone.fraction == pytest.approx(0.5)
     assert packing_fill(data, Packing(size - 1, rows=1), batch_size=4) == Fill(0.0, 0.0, 7)

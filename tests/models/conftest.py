@@ -1,7 +1,10 @@
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxpo.models.scratch import Scratch, build
@@ -23,14 +26,18 @@ Model = Callable[..., Scratch]
 def model() -> Model:
     """`model(model_type, dtype="float32", **architecture)`: a small random model of a family, far from degenerate."""
 
+    @cache
     def make(model_type: str = "llama", dtype: str = "float32", **architecture: Any) -> Scratch:
         sizes = GPT2_SIZES if model_type == "gpt2" else SIZES
         whole = {"model_type": model_type, **sizes, **SMALL[model_type], "initializer_range": 0.2, **architecture}
-        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        scratch = build(whole, 101, special, jax.random.key(0), dtype=dtype)
-        noisy = jax.tree.map(
-            lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(1), leaf.shape, leaf.dtype), scratch.decoder
+        scratch = build(
+            whole, 101, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, jax.random.key(0), dtype=dtype
         )
-        return scratch._replace(decoder=noisy)
+        noise = np.random.default_rng(0)
+
+        def disturb(leaf: jax.Array) -> jax.Array:
+            return jnp.asarray(leaf + 0.1 * noise.standard_normal(leaf.shape, np.float32), dtype)
+
+        return scratch._replace(decoder=jax.tree.map(disturb, scratch.decoder))
 
     return make

@@ -73,7 +73,7 @@ def test_what_tells_the_families_apart() -> None:
         ({"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor = -1"),
         ({"model_type": "llama", "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 5}, "32 attention heads and 5"),
-        ({"model_type": "llama", "head_dim": 7}, "head_dim 7"),
+        ({"model_type": "llama", "head_dim": 7}, "even"),
         ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "method awq"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 5}, "mix full and sliding"),

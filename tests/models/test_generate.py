@@ -8,8 +8,8 @@ import pytest
 from jaxpo.errors import UserError
 from jaxpo.models import generate
 from jaxpo.models.attention import packed_attention
-from jaxpo.models.decoder import Decoder
-from jaxpo.models.generate import greedy
+from jaxpo.models.decoder import CachedAttend, Decoder
+from jaxpo.models.generate import cached_attention, greedy
 from jaxpo.models.scratch import Scratch
 
 PROMPTS = [np.array(prompt, np.int32) for prompt in ([3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13])]
@@ -56,12 +56,21 @@ def test_an_answer_ends_with_its_end_of_sequence_token(model: Callable[..., Scra
     assert len(answers[0]) < 12
 
 
-def test_batches_of_like_lengths_share_a_program(model: Callable[..., Scratch]) -> None:
+def test_batches_of_like_lengths_share_a_program(
+    model: Callable[..., Scratch], monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder = model().decoder
-    greedy(decoder, PROMPTS, 5, {2})
-    programs = generate._generate._cache_size()
-    greedy(decoder, [np.arange(40, dtype=np.int32), PROMPTS[0], PROMPTS[1]], 5, {7})
-    assert generate._generate._cache_size() == programs
+    traced = []
+
+    def counting(positions: jax.Array, window: int | None) -> CachedAttend:
+        traced.append(positions.shape)
+        return cached_attention(positions, window)
+
+    monkeypatch.setattr(generate, "cached_attention", counting)
+    greedy(decoder, PROMPTS, 6, {2})
+    once = len(traced)
+    greedy(decoder, [np.arange(40, dtype=np.int32), PROMPTS[0], PROMPTS[1]], 6, {7})
+    assert len(traced) == once > 0
 
 
 def test_no_prompts_no_answers(model: Callable[..., Scratch]) -> None:

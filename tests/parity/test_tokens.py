@@ -40,7 +40,7 @@ def trls(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, list[int]]]
     pytest.importorskip("trl", reason="needs TRL 1.16.0, which has no build for this Python")
     import datasets
     from transformers import AutoTokenizer
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
