@@ -161,17 +161,17 @@ def _data(arguments: argparse.Namespace) -> None:
 def _from_hf(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from jaxpo import run
+    from jaxpo import conversion
 
-    run.convert_from_hf(arguments.source, Path(arguments.out))
+    conversion.from_hf(arguments.source, Path(arguments.out))
 
 
 def _to_hf(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from jaxpo import run
+    from jaxpo import conversion
 
-    run.convert_to_hf(Path(arguments.source), Path(arguments.out), arguments.dtype)
+    conversion.to_hf(Path(arguments.source), Path(arguments.out), arguments.dtype)
 
 
 def _schema(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from jaxpo.data import dataset, formats, sources
 from jaxpo.data.loader import Corpus
 from jaxpo.data.pack import Packing, bucket
 from jaxpo.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from jaxpo.errors import UserError
 from jaxpo.models.checkpoint import Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, abstract_decoder
@@ -29,6 +30,8 @@ from jaxpo.reference.fingerprint import table_key, weights_fingerprint
 from jaxpo.reference.store import fill
 from jaxpo.training.mesh import Layout, make_mesh
 
+# Where in a run's folder a model from scratch is made.
+INIT = "init"
 # Fields of a decoder's config that shape new weights only, not what given weights compute.
 INITIAL_ONLY = ("std", "residual_std")
 
@@ -114,7 +117,7 @@ def initial_model(run: Run, folder: Path) -> str:
     if run.model.scratch is None:
         assert run.model.path is not None
         return run.model.path
-    made = folder / "init"
+    made = folder / INIT
     if not made.exists():
         make_from_scratch(run, run.model, run.model.scratch, made)
     return str(made)
@@ -147,7 +150,12 @@ def at_stage(run: Run, folder: Path) -> Run:
     def resolve(path: str | None) -> str | None:
         if path is None or not path.startswith(STAGE):
             return path
-        return str(folder / "stages" / path.removeprefix(STAGE) / "export")
+        export = folder / "stages" / path.removeprefix(STAGE) / "export"
+        if not export.exists():
+            raise UserError(
+                f"{path} is not trained yet: {export} does not exist; expected `train` to have run that stage."
+            )
+        return str(export)
 
     return dataclasses.replace(
         run,

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,13 @@ from filelock import FileLock, Timeout
 
 from jaxpo import config_file, console
 from jaxpo.config import Run
-from jaxpo.data import loader
+from jaxpo.data import inspect, loader
 from jaxpo.errors import UserError
 from jaxpo.evaluation import plots, report
 from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.models.export import export
 from jaxpo.models.generate import greedy
-from jaxpo.prepare import Parts, References, at_stage, prepare, references
+from jaxpo.prepare import INIT, Parts, References, at_stage, prepare, references
 from jaxpo.training import loop, metrics
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.evaluate import PREFIX, make_evaluation
@@ -59,8 +60,7 @@ FREE = (
 
 def train(run: Run) -> Path:
     """Do the stages of a run that are not done yet, then the run itself; returns its folder."""
-    assert run.output_dir is not None
-    folder = run.output_dir.expanduser()
+    folder = place_of(run)
     for name, stage in run.stages.items():
         place = folder / "stages" / name
         console.rule(f"stage {name}")
@@ -69,6 +69,36 @@ def train(run: Run) -> Path:
     if run.stages:
         console.rule(run.objective.name)
     return train_one(at_stage(run, folder), run, folder)
+
+
+def fill_reference(run: Run) -> None:
+    """Compute and store the reference log-probs that `train` with this config would need."""
+    if not run.objective.uses_reference:
+        raise UserError(
+            f"objective.name is {run.objective.name}, which uses no reference model: there is nothing to fill."
+        )
+    parts = prepare(at_stage(run, place_of(run)), place_of(run))
+    table = references(parts, cache(lambda: parts.load(parts.checkpoint)))
+    console.say(f"reference log-probs of completions: {table.computed} computed, {table.reused} reused")
+
+
+def inspect_data(run: Run, split: str, examples: int) -> None:
+    """Print what the trainer will see of data.train or data.eval."""
+    parts = prepare(at_stage(run, place_of(run)), place_of(run))
+    corpus = parts.train if split == "train" else parts.eval
+    if corpus is None:
+        raise UserError("data.eval is empty, so there is nothing to show of it; expected a source in it.")
+    for source in corpus.sources:
+        inspect.show_summary(source)
+        fill = inspect.packing_fill(source, parts.packing, run.training.batch_size)
+        inspect.show_fill(fill, parts.packing, run.training.batch_size)
+        for i in range(min(examples, len(source))):
+            inspect.show_example(source[i], parts.tokenizer)
+
+
+def place_of(run: Run) -> Path:
+    assert run.output_dir is not None
+    return run.output_dir.expanduser()
 
 
 def train_one(run: Run, written: Run, folder: Path) -> Path:
@@ -97,7 +127,9 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
             check_same_run(folder, run)
             write_text(folder / CONFIG, config_file.dump(run))
         except Timeout:
-            raise UserError(f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own.") from None
+            raise UserError(
+                f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
+            ) from None
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
         yield
@@ -106,7 +138,7 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
 def check_same_run(folder: Path, run: Run) -> None:
     """Raise UserError if the folder holds something else than this run: nothing is overwritten."""
     if not (folder / CONFIG).exists():
-        foreign = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "init", "stages"))
+        foreign = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, "stages"))
         if foreign:
             raise UserError(
                 f"output_dir {folder} holds {', '.join(foreign[:4])} but no {CONFIG}, so it is no run of jaxpo; expected a "
@@ -188,38 +220,36 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
         step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
         evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
     sinks = metrics.open_sinks(run, folder, first)
-    state = loop.train(
-        Loop(
-            config=training,
-            folder=folder,
-            num_steps=steps,
-            log_every=run.logging.every,
-            steps_per_epoch=epoch / training.batch_size,
-            step=jax.jit(make_train_step(run.objective, parts.scorer, optimizer), donate_argnums=0),
-            put=parts.put,
-            batches=lambda start: loader.steps(
-                parts.train,
-                table.train,
-                parts.packing,
-                batch_size=training.batch_size,
-                num_epochs=training.num_epochs,
-                shuffle=run.data.shuffle,
-                seed=training.seed,
-                first=start,
-                last=steps,
-            ),
-            example_id=lambda i: parts.train[i].id,
-            evaluate=evaluate,
-            learning_rate=learning_rate(run.optimizer, steps),
-            checkpoints=checkpoints,
-            sinks=sinks,
+    work = Loop(
+        config=training,
+        folder=folder,
+        num_steps=steps,
+        log_every=run.logging.every,
+        steps_per_epoch=epoch / training.batch_size,
+        step=jax.jit(make_train_step(run.objective, parts.scorer, optimizer), donate_argnums=0),
+        put=parts.put,
+        batches=lambda start: loader.steps(
+            parts.train,
+            table.train,
+            parts.packing,
+            batch_size=training.batch_size,
+            num_epochs=training.num_epochs,
+            shuffle=run.data.shuffle,
+            seed=training.seed,
+            first=start,
+            last=steps,
         ),
-        state,
-        first,
-        progress,
+        example_id=lambda i: parts.train[i].id,
+        evaluate=evaluate,
+        learning_rate=learning_rate(run.optimizer, steps),
+        checkpoints=checkpoints,
+        sinks=sinks,
     )
-    for sink in sinks:
-        sink.close()
+    try:
+        state = loop.train(work, state, first, progress)
+    finally:
+        for sink in sinks:
+            sink.close()
     return Trained(state, steps, progress, table, evaluate)
 
 

@@ -100,3 +100,49 @@ def make_tiny(folder: Path) -> None:
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     new = build(TINY_LLAMA, len(tokenizer), special, jax.random.key(0))
     export(new.decoder, new.hf_config, folder / "llama", tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_decoder() -> Any:
+    """A random `Decoder` of two layers with NumPy arrays for leaves; its heads divide by 4, its widths by 8."""
+    import numpy as np
+
+    from jaxpo.models.decoder import Decoder, DecoderConfig, Rotary
+
+    config = DecoderConfig(
+        vocab_size=96,
+        width=32,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=4,
+        mlp_width=48,
+        mlp="gated",
+        activation="silu",
+        norm="rms",
+        norm_eps=1e-5,
+        positions=Rotary(10_000.0),
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied_head=True,
+        std=0.1,
+        residual_std=0.1,
+    )
+    return jax.tree.map(np.asarray, Decoder(config, jax.random.key(0), np.float32))
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[Any]:
+    """Sixteen `Example`s of 3 to 100 random tokens, for `small_decoder`."""
+    import numpy as np
+
+    from jaxpo.batch import Example
+
+    rng = np.random.default_rng(0)
+
+    def ids(longest: int) -> np.ndarray:
+        return rng.integers(0, 96, rng.integers(1, longest), dtype=np.int32)
+
+    return [Example(f"pairs.jsonl:{n + 1}", ids(40), (ids(30), ids(30))) for n in range(16)]

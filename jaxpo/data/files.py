@@ -57,9 +57,8 @@ def read_file(path: Path, shown: str, *, bare_text: bool = False) -> Iterator[tu
                 list: " If the file is one JSON array, name it .json.",
                 str: " Plain strings are read with format: text.",
             }
-            raise UserError(
-                f"{where} holds {_json_type(row)}, expected an object with a column under each key.{hints.get(type(row), '')}"
-            )
+            expected = f"expected an object with a column under each key.{hints.get(type(row), '')}"
+            raise UserError(f"{where} holds {_json_type(row)}, {expected}")
 
 
 def count_rows(path: Path) -> int | None:

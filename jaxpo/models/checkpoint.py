@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxpo.errors import UserError
-from jaxpo.models import families
+from jaxpo.models import families, native
 from jaxpo.models.decoder import DecoderConfig
 from jaxpo.models.safetensors_files import name_some, read_header
 
@@ -64,7 +64,7 @@ class TorchTensor:
 class Checkpoint:
     """A checkpoint that holds every weight of its decoder, in the right shape.
 
-    tensors: by the names of `families.tensors`. generation_config: None where the folder has none. notes: what was left
+    tensors: by the names of `families.tensors`; none in jaxpo's own format (`native`). generation_config: None where the folder has none. notes: what was left
     out on purpose, a sentence each, for people.
     """
 
@@ -76,8 +76,15 @@ class Checkpoint:
     notes: tuple[str, ...]
 
     @property
+    def native(self) -> bool:
+        """Whether the weights are in jaxpo's own format."""
+        return native.is_native(self.folder)
+
+    @property
     def weight_files(self) -> tuple[Path, ...]:
         """The files the weights lie in, sorted."""
+        if self.native:
+            return native.weight_files(self.folder)
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
     @property
@@ -99,7 +106,9 @@ def read_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
     hf_config = _read_json(source)
     config = families.decoder_config(hf_config, str(source))
     generation = folder / "generation_config.json"
-    tensors, notes = _match(folder, hf_config, config, _stored_tensors(folder))
+    tensors, notes = {}, ()
+    if not native.is_native(folder):
+        tensors, notes = _match(folder, hf_config, config, _stored_tensors(folder))
     return Checkpoint(
         folder=folder,
         hf_config=hf_config,

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxpo.console import progress
+from jaxpo.models import native
 from jaxpo.models.checkpoint import Checkpoint, StoredTensor, read_checkpoint
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, map_params, param_path
 from jaxpo.models.families import Tensor
@@ -43,6 +44,9 @@ def load_decoder(checkpoint: Checkpoint, dtype: Any, shardings: Decoder | None =
     abstract = abstract_decoder(checkpoint.decoder_config, dtype)
     if shardings is None:
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), abstract)
+    if checkpoint.native:
+        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        return native.read(checkpoint.folder, placed)
     params = {
         param_path(path): _Filling(leaf.shape, np.dtype(leaf.dtype), sharding)
         for (path, leaf), sharding in zip(

@@ -143,7 +143,9 @@ def _values(
     shard: list[families.Tensor], params: Mapping[str, jax.Array], dtype: np.dtype, bar: Progress
 ) -> Iterator[np.ndarray]:
     for tensor in shard:
-        yield tensor.join([np.asarray(_layer(params[name], tensor.layer)).astype(dtype) for name in tensor.params])
+        yield tensor.join(
+            [np.asarray(_layer(params[name], tensor.layer)).astype(dtype, copy=False) for name in tensor.params]
+        )
         bar.advance(_nbytes(tensor, dtype))
 
 

@@ -18,7 +18,9 @@ class TokenScores(NamedTuple):
     correct: jax.Array
 
 
-def token_scores(hidden_RSD: jax.Array, head_VD: jax.Array, labels_RS: jax.Array, used: jax.Array, chunk: int) -> TokenScores:
+def token_scores(
+    hidden_RSD: jax.Array, head_VD: jax.Array, labels_RS: jax.Array, used: jax.Array, chunk: int
+) -> TokenScores:
     """Score labels [R, S] given the hidden states that predict them; head is [V, D], logits are float32.
 
     Only the first `used` [] columns are computed, in chunks of `chunk` columns, which divides S; the rest is 0. The gradient

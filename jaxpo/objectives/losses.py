@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 
-def dpo(chosen_logratio: jax.Array, rejected_logratio: jax.Array, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+def dpo(
+    chosen_logratio: jax.Array, rejected_logratio: jax.Array, beta: float, label_smoothing: float = 0.0
+) -> jax.Array:
     """Loss [E] of direct preference optimisation from log-ratios [E].
 
     Rafailov et al. 2023 (arXiv 2305.18290), eq. 7: -log sigmoid(beta * margin). With label_smoothing e it is the

@@ -1,5 +1,6 @@
 """Checkpoints through Orbax: written in the background, complete or absent, the last few and the best kept."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxpo.config import TrainingConfig
 from jaxpo.errors import UserError
+from jaxpo.models.decoder import Decoder
 
 FOLDER = "checkpoints"
 
@@ -55,10 +57,14 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self._folder / str(step)
 
-    def save(self, step: int, state: Any, progress: dict[str, Any], metrics: dict[str, Any] | None) -> None:
-        """Start to write a checkpoint; the state may be donated once this returns."""
+    def save(self, step: int, state: Any, progress: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """Start to write a checkpoint; the state may be donated once this returns.
+
+        A step whose `metrics` do not hold the best_metric, for it was not evaluated, is no candidate for the best.
+        """
         items = ocp.args.Composite(state=ocp.args.StandardSave(named(state)), progress=ocp.args.JsonSave(progress))
-        ranked = metrics if self._best_metric is not None else None
+        value = metrics.get(self._best_metric) if self._best_metric is not None else None
+        ranked = {self._best_metric: value} if value is not None and math.isfinite(value) else None
         try:
             self._manager.save(step, args=items, metrics=ranked, force=True)
         except OSError as error:
@@ -86,3 +92,23 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
+
+
+def latest_step(run_folder: Path) -> int | None:
+    """The last step that a run has saved; nothing is written."""
+    folder = run_folder / FOLDER
+    return ocp.utils.checkpoint_steps(folder.absolute())[-1] if folder.is_dir() else None
+
+
+def restore_decoder(run_folder: Path, step: int, abstract: Decoder) -> Decoder:
+    """The decoder saved at a step, on the shardings of `abstract`; the optimizer's state is not read."""
+    folder = (run_folder / FOLDER / str(step) / "state").absolute()
+    wanted = {f"decoder.{name}": leaf for name, leaf in named(abstract).items()}
+    targets = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), wanted)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            args = ocp.args.PyTreeRestore(item=wanted, restore_args=targets, partial_restore=True)
+            restored = checkpointer.restore(folder, args=args)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder.parent} cannot be read: {str(error).splitlines()[0]}") from error
+    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])

@@ -163,7 +163,9 @@ def train(loop: Loop, state: TrainState, first: int, progress: Progress) -> Trai
                     loop.checkpoints.save(n, state, asdict(progress), line)
             if terminating:
                 loop.checkpoints.wait()
-                console.say(f"SIGTERM: saved step {n} in {loop.checkpoints.path(n)}; the same command goes on from there.")
+                console.say(
+                    f"SIGTERM: saved step {n} in {loop.checkpoints.path(n)}; the same command goes on from there."
+                )
                 raise SystemExit(TERMINATED)
             since = time.perf_counter()
         with progress.timed("checkpoint"):
@@ -198,9 +200,14 @@ def training_record(loop: Loop, n: int, result: StepResult, progress: Progress) 
 
 
 def evaluate(loop: Loop, state: TrainState, progress: Progress) -> Record:
+    """Held-out metrics. Raises UserError if training.best_metric is none of them: before a step is done in vain."""
     assert loop.evaluate is not None
     with progress.timed("evaluate"):
-        return loop.evaluate(state.decoder)
+        line = loop.evaluate(state.decoder)
+    best = loop.config.best_metric
+    if best is not None and best not in line:
+        raise UserError(f"training.best_metric is {best!r}; this run's evaluation gives {', '.join(sorted(line))}.")
+    return line
 
 
 def record(loop: Loop, n: int, line: Record) -> None:
@@ -222,7 +229,11 @@ def check_finite(loop: Loop, n: int, step: Step, result: StepResult) -> None:
     partial.replace(details)
     loop.checkpoints.wait()
     last = loop.checkpoints.latest()
-    good = f"The last good checkpoint is {loop.checkpoints.path(last)}" if last is not None else "No checkpoint was saved yet"
+    good = (
+        f"The last good checkpoint is {loop.checkpoints.path(last)}"
+        if last is not None
+        else "No checkpoint was saved yet"
+    )
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     raise UserError(
         f"step {n} gave a loss of {found['loss']} and a gradient of norm {grad_norm}: expected finite numbers. Its examples "

@@ -96,7 +96,9 @@ class Layout:
         at = {
             f".{jax.tree_util.keystr(path, simple=True, separator='.')}": sharding
             for (path, _), sharding in zip(
-                jax.tree_util.tree_leaves_with_path(decoder), jax.tree.leaves(self.decoder(config, decoder)), strict=True
+                jax.tree_util.tree_leaves_with_path(decoder),
+                jax.tree.leaves(self.decoder(config, decoder)),
+                strict=True,
             )
         }
 

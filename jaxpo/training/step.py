@@ -76,7 +76,7 @@ def make_train_step(
 
         (loss, metrics), grads = zeros_like_output(gradient, state.decoder, microbatch(batch, jnp.int32(0)))
         loss, metrics, grads = lax.fori_loop(0, batch.num_microbatches, accumulate, (loss, metrics, grads))
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.decoder)
         decoder = optax.apply_updates(state.decoder, updates)
         result = StepResult(metrics, grad_norm, jnp.isfinite(loss) & jnp.isfinite(grad_norm))

@@ -358,6 +358,11 @@ def test_scores_and_the_rejected_answer_do_not_matter_to_supervised_training() -
             "column conversations is 'hi', expected a list",
         ),
         (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "chat_template_kwargs": "x"},
+            "auto",
+            "column chat_template_kwargs is 'x', expected an object",
+        ),
+        (
             {"prompt": "p", "chosen": "a", "rejected": "b", "tools": "[", "text": "t"},
             "pairs",
             "column tools is '\\[', expected a JSON array",

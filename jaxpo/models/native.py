@@ -1,0 +1,68 @@
+"""jaxpo's own checkpoint of a model: the small files of a Hugging Face folder, and the weights as an Orbax checkpoint.
+
+Weights lie in it as a decoder has them, stacked by layer, so that every device of a mesh reads just its own part.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxpo.errors import UserError
+from jaxpo.models.decoder import Decoder, map_params
+
+WEIGHTS = "weights"
+
+
+def is_native(folder: Path) -> bool:
+    return (folder / WEIGHTS).is_dir()
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The files the weights lie in, sorted."""
+    return tuple(sorted(file for file in (folder / WEIGHTS).rglob("*") if file.is_file()))
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of the weights in a folder."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata((folder / WEIGHTS).absolute()).item_metadata
+    return str(next(iter(jax.tree.leaves(metadata))).dtype)
+
+
+def write(decoder: Decoder, small_files: list[Path], folder: Path) -> None:
+    """Make `folder`, which must be new or empty, at once and complete."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; expected a new or empty folder. Nothing was changed.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        for file in small_files:
+            shutil.copyfile(file, partial / file.name)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((partial / WEIGHTS).absolute(), by_path(decoder))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read(folder: Path, abstract: Decoder) -> Decoder:
+    """The decoder with the shapes, dtypes and shardings of `abstract`'s leaves."""
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore((folder / WEIGHTS).absolute(), by_path(abstract))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS} cannot be read as the weights that {folder / 'config.json'} describes: "
+            f"{' '.join(str(error).split())[:300]}. Convert the model again with `convert from-hf`."
+        ) from error
+    return map_params(lambda path, _: params[path], abstract)
+
+
+def by_path(decoder: Decoder) -> dict[str, jax.Array]:
+    """The decoder's leaves by their paths."""
+    params: dict[str, jax.Array] = {}
+    map_params(params.setdefault, decoder)
+    return params

@@ -1,0 +1,222 @@
+"""Packing: every token once, every prediction from its own context alone, and the same rows every time."""
+
+from collections import Counter
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpo.batch import Example, PackedBatch
+from jaxpo.data.pack import Packing, Place, assign_rows, bucket, check_fits, pack, padding_fraction
+from jaxpo.errors import UserError
+from jaxpo.models.attention import visible
+
+
+def example(n: int, prompt: int, completions: list[int]) -> Example:
+    """Tokens are all different and say where they come from, so that a misplaced one is seen."""
+    lengths = [prompt, *completions]
+    ids = np.split(np.arange(1, 1 + sum(lengths), dtype=np.int32) + 1000 * (n + 1), np.cumsum(lengths)[:-1])
+    return Example(f"rows.jsonl:{n + 1}", ids[0], tuple(ids[1:]))
+
+
+@st.composite
+def examples(draw: st.DrawFn, longest: int = 12) -> list[Example]:
+    K = draw(st.integers(1, 3))
+    length = st.integers(1, longest)
+    count = draw(st.integers(1, 12))
+    return [example(n, draw(length), [draw(length) for _ in range(K)]) for n in range(count)]
+
+
+packings = st.builds(
+    Packing,
+    row_length=st.sampled_from([72, 96, 160]),
+    rows=st.integers(1, 4),
+    packed=st.booleans(),
+    share_prompt=st.booleans(),
+    microbatches=st.integers(1, 3),
+)
+quick = settings(deadline=None, max_examples=60)
+
+
+@quick
+@given(examples(), packings)
+def test_each_prediction_sees_its_own_context_and_nothing_else(rows: list[Example], packing: Packing) -> None:
+    """For every completion token: what attention may read is the prompt and the completion before it, in order."""
+    references = np.random.default_rng(0).normal(size=(len(rows), len(rows[0].completions))).astype(np.float32)
+    batch, places = pack(rows, references, packing)
+    K = len(rows[0].completions)
+    M, R, _ = batch.tokens.shape
+    flat = PackedBatch(*(np.asarray(f).reshape(M * R, *f.shape[2:]) if np.ndim(f) > 1 else f for f in batch))
+    # A row at a time: shapes, and with them compiled operations, stay few.
+    seen = [
+        np.asarray(visible(*(jnp.asarray(f[r : r + 1]) for f in (flat.segments, flat.branches, flat.positions))))[0]
+        for r in range(M * R)
+    ]
+    scored = 0
+    for n, (one, place) in enumerate(zip(rows, places, strict=True)):
+        r = place.microbatch * R + place.row
+        assert batch.lengths[place].tolist() == [len(c) for c in one.completions]
+        np.testing.assert_array_equal(batch.reference_logps[place], references[n])
+        for k, completion in enumerate(one.completions):
+            targets = np.flatnonzero(flat.target_slots[r] == place.slot * K + k)
+            np.testing.assert_array_equal(flat.target_labels[r, targets], completion)
+            scored += len(targets)
+            for j, at in enumerate(flat.target_positions[r, targets]):
+                keys = np.flatnonzero(seen[r][at])
+                context = np.concatenate([one.prompt, completion[:j]])
+                np.testing.assert_array_equal(flat.tokens[r, keys], context)
+                np.testing.assert_array_equal(flat.positions[r, keys], np.arange(len(context)))
+                assert keys[-1] == at
+    slots = batch.lengths.shape[2]
+    assert scored == np.count_nonzero(flat.target_slots < slots * K) == int(batch.num_tokens)
+
+
+@quick
+@given(examples(), packings)
+def test_every_token_lies_in_one_place(rows: list[Example], packing: Packing) -> None:
+    batch, _ = pack(rows, None, packing)
+    copies = 1 if packing.share_prompt else len(rows[0].completions)
+    expected: Counter[int] = Counter()
+    for one in rows:
+        expected.update(dict.fromkeys(one.prompt.tolist(), copies))
+        for completion in one.completions:
+            expected.update(completion.tolist())
+    assert Counter(batch.tokens[batch.segments > 0].tolist()) == expected
+    for field in ("tokens", "positions", "branches"):
+        assert not np.any(getattr(batch, field)[batch.segments == 0]), field
+
+
+@quick
+@given(examples(), packings)
+def test_shapes_and_totals(rows: list[Example], packing: Packing) -> None:
+    batch, places = pack(rows, None, packing)
+    M, R, T = batch.tokens.shape
+    assert R == packing.rows
+    assert T == packing.row_length
+    used = int(batch.num_microbatches)
+    assert max(used, packing.microbatches) <= M
+    assert bucket(M) == M or packing.microbatches == M
+    assert not np.any(batch.segments[used:])
+    assert int(batch.num_examples) == len(rows) == np.count_nonzero(batch.lengths[..., 0])
+    assert int(batch.num_tokens) == sum(len(c) for e in rows for c in e.completions) == batch.lengths.sum()
+    assert len(set(places)) == len(rows)
+    assert not np.any(batch.reference_logps)
+    if not packing.packed:
+        assert {place.slot for place in places} == {0}
+        assert len({(place.microbatch, place.row) for place in places}) == len(rows)
+    assert padding_fraction(batch) == pytest.approx(1 - np.count_nonzero(batch.segments) / (used * R * T))
+
+
+@quick
+@given(examples(), packings)
+def test_packing_is_a_function_of_the_examples(rows: list[Example], packing: Packing) -> None:
+    once, again = pack(rows, None, packing), pack(list(rows), None, packing)
+    assert once[1] == again[1]
+    for a, b in zip(once[0], again[0], strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@quick
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.randoms(use_true_random=False))
+def test_rows_hold_every_item_once_and_do_not_depend_on_the_order(sizes: list[int], random: object) -> None:
+    rows = assign_rows(sizes, 50)
+    assert sorted(item for row in rows for item in row) == list(range(len(sizes)))
+    assert all(sum(sizes[item] for item in row) <= 50 for row in rows)
+    assert all(row == sorted(row) for row in rows)
+
+    shuffled = list(sizes)
+    random.shuffle(shuffled)  # pyright: ignore[reportAttributeAccessIssue]
+    contents = sorted(sorted(sizes[item] for item in row) for row in rows)
+    assert sorted(sorted(shuffled[item] for item in row) for row in assign_rows(shuffled, 50)) == contents
+
+
+def test_best_fit_takes_the_row_with_the_least_room() -> None:
+    """Largest first: 6, 5, 4, 3, 2 into rows of 10; 4 joins 6, which it fills, then 3 and 2 join 5."""
+    assert assign_rows([2, 3, 4, 5, 6], 10) == [[2, 4], [0, 1, 3]]
+
+
+def test_rows_of_real_lengths_are_at_least_nine_tenths_full() -> None:
+    """Batches of 64 pairs with the long-tailed lengths of chat data: prompts of 150 tokens, answers of 60."""
+    rng = np.random.default_rng(0)
+    fractions = []
+    for _ in range(20):
+        prompts = np.clip(rng.lognormal(4.6, 0.9, 64), 5, 512).astype(int)
+        answers = np.clip(rng.lognormal(3.7, 0.9, (64, 2)), 2, 256).astype(int)
+        rows = [example(n, p, a) for n, (p, a) in enumerate(zip(prompts.tolist(), answers.tolist(), strict=True))]
+        fractions.append(1 - padding_fraction(pack(rows, None, Packing(2048, 1))[0]))
+    assert np.mean(fractions) >= 0.9
+
+
+def test_a_pair_by_hand() -> None:
+    """Prompt 2, answers 2 and 1: one row, the prompt once, positions of the second answer restart after the prompt."""
+    batch, places = pack([example(0, 2, [2, 1])], np.float32([[-1.5, -2.5]]), Packing(6, 1))
+    assert places == [Place(0, 0, 0)]
+    row = {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields[:9]}
+    assert row == {
+        "tokens": [1001, 1002, 1003, 1004, 1005, 0],
+        "positions": [0, 1, 2, 3, 2, 0],
+        "segments": [1, 1, 1, 1, 1, 0],
+        "branches": [0, 0, 1, 1, 2, 0],
+        "target_positions": [1, 2, 1, 0, 0, 0],
+        "target_labels": [1003, 1004, 1005, 0, 0, 0],
+        "target_slots": [0, 0, 1, 2, 2, 2],
+        "lengths": [[2, 1]],
+        "reference_logps": [[-1.5, -2.5]],
+    }
+
+
+def test_a_pair_by_hand_with_the_prompt_twice() -> None:
+    batch, _ = pack([example(0, 2, [2, 1])], None, Packing(8, 1, share_prompt=False))
+    row = {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields[:7]}
+    assert row == {
+        "tokens": [1001, 1002, 1003, 1004, 1001, 1002, 1005, 0],
+        "positions": [0, 1, 2, 3, 0, 1, 2, 0],
+        "segments": [1, 1, 1, 1, 2, 2, 2, 0],
+        "branches": [0, 0, 1, 1, 0, 0, 2, 0],
+        "target_positions": [1, 2, 5, 0, 0, 0, 0, 0],
+        "target_labels": [1003, 1004, 1005, 0, 0, 0, 0, 0],
+        "target_slots": [0, 0, 1, 2, 2, 2, 2, 2],
+    }
+
+
+def test_size_counts_a_shared_prompt_once() -> None:
+    prompts, completions = np.array([10, 3]), np.array([[4, 5], [1, 2]])
+    assert Packing(64, 1).size(prompts, completions).tolist() == [19, 6]
+    assert Packing(64, 1, share_prompt=False).size(prompts, completions).tolist() == [29, 9]
+
+
+def test_an_example_longer_than_a_row_is_named() -> None:
+    rows = [example(0, 4, [3, 3]), example(1, 20, [8, 9]), example(2, 10, [3, 4])]
+    with pytest.raises(UserError) as caught:
+        pack(rows, None, Packing(16, 1))
+    assert str(caught.value) == (
+        "training.row_length is 16, but example rows.jsonl:2 takes 37 tokens (20 of prompt, 8 + 9 of completions), and "
+        "2 of 3 examples are longer than a row. Expected a row_length of at least 37, or a smaller data.max_length."
+    )
+
+
+def test_an_example_may_fill_a_row() -> None:
+    prompts, completions = np.array([4]), np.array([[6, 6]])
+    check_fits(Packing(16, 1), prompts, completions, str)
+    with pytest.raises(UserError, match="takes 20 tokens"):
+        check_fits(Packing(16, 1, share_prompt=False), prompts, completions, str)
+    batch, _ = pack([example(0, 4, [6, 6])], None, Packing(16, 1))
+    assert padding_fraction(batch) == 0.0
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 1000)] == [1, 2, 4, 4, 8, 8, 16, 1024]
+
+
+def test_batches_of_a_run_have_few_shapes() -> None:
+    """200 batches of random lengths: the arrays come in at most three shapes, each a compiled program."""
+    rng = np.random.default_rng(1)
+    shapes = set()
+    for _ in range(200):
+        rows = [example(n, *rng.integers(4, 60, 1).tolist(), rng.integers(2, 40, 2).tolist()) for n in range(16)]
+        batch, _ = pack(rows, None, Packing(256, 1, microbatches=8))
+        shapes.add((batch.tokens.shape, batch.lengths.shape))
+    assert len(shapes) <= 3

@@ -1,0 +1,117 @@
+"""Log-probs without logits against a plain log-softmax: values, gradients, and what the compiled program holds."""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpo.objectives.logprobs import TokenScores, token_scores
+
+R, S, D, V = 2, 24, 8, 97
+
+
+def inputs(dtype: type = np.float32, scale: float = 1.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(5)
+    hidden = scale * rng.normal(size=(R, S, D))
+    head = rng.normal(size=(V, D))
+    return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(rng.integers(0, V, (R, S)), jnp.int32)
+
+
+def naive(hidden: jax.Array, head: jax.Array, labels: jax.Array) -> jax.Array:
+    logps = jax.nn.log_softmax(jnp.einsum("rsd,vd->rsv", hidden, head))
+    return jnp.take_along_axis(logps, labels[..., None], axis=-1)[..., 0]
+
+
+def gradients(
+    logps: Callable[[jax.Array, jax.Array], jax.Array], hidden: jax.Array, head: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of a weighted sum, so that every token's gradient is a different one; a weight may be negative, as in DPO."""
+    return jax.jit(jax.grad(lambda h, w: (weights * logps(h, w)).sum(), argnums=(0, 1)))(hidden, head)
+
+
+WEIGHTS = jnp.asarray(np.random.default_rng(6).normal(size=(R, S)), jnp.float32)
+
+
+@pytest.mark.parametrize("used", [S, 13, 8, 1, 0])
+@pytest.mark.parametrize("chunk", [1, 8, S])
+def test_value_and_gradient_are_those_of_log_softmax(chunk: int, used: int) -> None:
+    hidden, head, labels = inputs()
+    inside = jnp.arange(S) < used
+    found = jax.jit(token_scores, static_argnums=4)(hidden, head, labels, jnp.int32(used), chunk)
+    expected = naive(hidden, head, labels)
+    np.testing.assert_allclose(found.logps[:, :used], expected[:, :used], rtol=1e-5, atol=1e-5)
+    computed = -(-used // chunk) * chunk
+    assert not np.any(found.logps[:, computed:])
+    assert not np.any(found.correct[:, computed:])
+
+    weights = jnp.where(inside, WEIGHTS, 0.0)
+    ours = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(used), chunk).logps, hidden, head, weights)
+    plain = gradients(lambda h, w: naive(h, w, labels), hidden, head, weights)
+    for mine, wanted in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-5)
+    assert not np.any(ours[0][:, used:])
+    assert bool(np.any(ours[1])) == (used > 0)
+
+
+def test_correct_marks_the_labels_that_were_likeliest() -> None:
+    hidden, head, labels = inputs()
+    likeliest = jnp.einsum("rsd,vd->rsv", hidden, head).argmax(-1)
+    labels = jnp.where(jnp.arange(S) % 3 == 0, likeliest, labels)
+    scores = token_scores(hidden, head, labels, jnp.int32(S), 8)
+    np.testing.assert_array_equal(scores.correct, labels == likeliest)
+    assert 8 * R <= float(scores.correct.sum()) < S * R
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, head, labels = inputs(scale=1e4)
+    scores = token_scores(hidden, head, labels, jnp.int32(S), 8)
+    np.testing.assert_allclose(scores.logps, naive(hidden, head, labels), rtol=1e-5, atol=1e-5)
+    found = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(S), 8).logps, hidden, head, WEIGHTS)
+    assert all(np.all(np.isfinite(g)) for g in found)
+
+
+def test_bfloat16_inputs_make_float32_logits() -> None:
+    """Bfloat16 products are summed in float32: no error beyond that of rounding the inputs, unlike bfloat16 logits."""
+    hidden, head, labels = inputs(jnp.bfloat16)
+    exact_hidden, exact_head = hidden.astype(jnp.float32), head.astype(jnp.float32)
+    scores = token_scores(hidden, head, labels, jnp.int32(S), 8)
+    assert isinstance(scores, TokenScores)
+    assert scores.logps.dtype == jnp.float32
+    exact = naive(exact_hidden, exact_head, labels)
+    np.testing.assert_allclose(scores.logps, exact, rtol=1e-5, atol=1e-5)
+    assert np.abs(naive(hidden, head, labels).astype(jnp.float32) - exact).max() > 1e-2
+
+    found = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(S), 8).logps, hidden, head, WEIGHTS)
+    wanted = gradients(lambda h, w: naive(h, w, labels), exact_hidden, exact_head, WEIGHTS)
+    for mine, expected in zip(found, wanted, strict=True):
+        assert mine.dtype == jnp.bfloat16
+        assert np.linalg.norm(mine.astype(jnp.float32) - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+def test_a_chunk_must_divide_the_scored_tokens() -> None:
+    with pytest.raises(ValueError, match="chunk 7 does not divide 24"):
+        token_scores(*inputs(), jnp.int32(S), 7)
+
+
+def largest_vocabulary_array(program: str) -> int:
+    """The most numbers of an array with a vocabulary axis in a compiled program."""
+    shapes = [[int(n) for n in dims.split(",")] for dims in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
+    # A fusion may flatten its axes: what counts is that the vocabulary's prime number is a factor.
+    return max(int(np.prod(shape)) for shape in shapes if np.prod(shape) % V == 0)
+
+
+def test_the_compiled_program_holds_logits_of_one_chunk_only() -> None:
+    hidden, head, labels = inputs()
+    chunk = 6
+
+    def compiled(logps: Callable[[jax.Array, jax.Array], jax.Array]) -> str:
+        gradient = jax.value_and_grad(lambda h, w: (WEIGHTS * logps(h, w)).sum(), argnums=(0, 1))
+        return jax.jit(gradient).lower(hidden, head).compile().as_text() or ""
+
+    ours = compiled(lambda h, w: token_scores(h, w, labels, jnp.int32(S), chunk).logps)
+    assert largest_vocabulary_array(ours) == R * chunk * V
+    plain = compiled(lambda h, w: naive(h, w, labels))
+    assert largest_vocabulary_array(plain) == R * S * V
