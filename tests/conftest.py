@@ -24,7 +24,7 @@ def shared() -> Path:
     """The folder of real models and data beside the project."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("needs ../shared, the real models and data beside the project, which is absent here")
+        _lacking("needs ../shared, the real models and data beside the project, which is absent here")
     return folder
 
 
@@ -33,8 +33,15 @@ def smollm2(shared: Path) -> Path:
     """SmolLM2-135M-Instruct with its weights, as ../shared/models/get_smollm2.py writes it."""
     folder = Path("~/.cache/jaxpo-models/smollm2-135m-instruct").expanduser()
     if not (folder / "model.safetensors").exists():
-        pytest.skip(f"needs the weights that {shared / 'models/get_smollm2.py'} writes")
+        _lacking("needs the weights that ../shared/models/get_smollm2.py writes")
     return folder
+
+
+def _lacking(what: str) -> None:
+    """Skip; but where ../shared is known to be there, a test that does not use it is a failure."""
+    if os.environ.get("JAXPO_REQUIRE_SHARED"):
+        pytest.fail(what)
+    pytest.skip(what)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ likeliest openings are curt ones, and with them the greedy answers of such a mod
 import hashlib
 import random
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from jaxpo.errors import UserError
@@ -19,7 +19,7 @@ from jaxpo.errors import UserError
 Row = dict[str, Any]
 
 # Rows of each split; `sft-…` rows hold one answer, polite or curt with equal chance, the others a pair.
-SPLITS = {"sft-train": 1500, "sft-test": 200, "train": 600, "test": 200}
+SPLITS = {"sft-train": 6000, "sft-test": 200, "train": 600, "test": 200}
 TEST_SHARE = 0.15
 
 
@@ -319,7 +319,7 @@ def rows(name: str, split: str, seed: int = 0) -> list[Row]:
 
 
 def combinations(split: str, seed: int = 0) -> list[Combination]:
-    """The combination that each row of a split asks about, all different."""
+    """The combination that each row of a split asks about: none comes again before all have come."""
     side = [
         Combination(code, situation, item, question, frame)
         for code, language in LANGUAGES.items()
@@ -328,7 +328,9 @@ def combinations(split: str, seed: int = 0) -> list[Combination]:
         )
     ]
     side = [combination for combination in side if combination.is_test(seed) == split.endswith("test")]
-    return random.Random(f"{seed}/{split}").sample(side, SPLITS[split])
+    draw = random.Random(f"{seed}/{split}")
+    rounds = [draw.sample(side, len(side)) for _ in range(-(-SPLITS[split] // len(side)))]
+    return list(chain.from_iterable(rounds))[: SPLITS[split]]
 
 
 def _row(combination: Combination, split: str, seed: int, index: int) -> Row:

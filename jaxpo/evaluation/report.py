@@ -114,8 +114,8 @@ def _value(bare: str, value: float | None, sign: str = "") -> str:
         return "-"
     if bare in SHARES:
         # A change of a share is told in percentage points.
-        return f"{100.0 * value:{sign}.1f} {'pp' if sign else '%'}"
-    return f"{value:{sign}.4f}"
+        return f"{100.0 * value:{sign}z.1f} {'pp' if sign else '%'}"
+    return f"{value:{sign}z.4f}"
 
 
 def _style(bare: str, old: float | None, new: float | None) -> str:

@@ -56,11 +56,12 @@ class Sink(Protocol):
 class JsonLines:
     """metrics.jsonl: a line per logged step, each flushed as it is written.
 
-    Opened at a step, it drops the lines after that step: a resumed run writes them again.
+    Opened at a step, it drops the lines after that step: a resumed run writes them again. Opened at step 0 it drops all,
+    for a run that begins writes the evaluation before the first step as well.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        kept = [r for r in read(folder) if (r["step"] or 0) <= step]
+        kept = [r for r in read(folder) if (r["step"] or 0) <= step] if step else []
         path = folder / FILE
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
@@ -86,7 +87,7 @@ class TensorBoard:
             raise UserError(
                 "logging.tensorboard is true, but tensorboardX is not installed: pip install 'jaxpo[tensorboard]'."
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, record: Record) -> None:
         for name, value in record.items():

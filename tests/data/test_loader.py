@@ -177,9 +177,9 @@ def test_a_corpus_is_its_sources_end_to_end() -> None:
 
 
 def test_an_example_that_fits_no_row_is_named() -> None:
-    with pytest.raises(UserError, match="row_length is 8, but example rows:4 takes 9 tokens"):
-        corpus(3, 4).check_fits(Packing(8, 1))
-    corpus(3, 4).check_fits(Packing(9, 1))
+    with pytest.raises(UserError, match="row_length is 8, but example rows:7 takes 9 tokens"):
+        corpus(3, 5).check_fits(Packing(8, 1))
+    corpus(3, 5).check_fits(Packing(9, 1))
 
 
 def test_no_two_steps_in_a_row_repeat_an_example_within_an_epoch() -> None:

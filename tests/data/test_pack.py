@@ -93,8 +93,8 @@ def test_every_token_lies_in_one_place(rows: list[Example], packing: Packing) ->
 def test_shapes_and_totals(rows: list[Example], packing: Packing) -> None:
     batch, places = pack(rows, None, packing)
     M, R, T = batch.tokens.shape
-    assert R == packing.rows
-    assert T == packing.row_length
+    assert packing.rows == R
+    assert packing.row_length == T
     used = int(batch.num_microbatches)
     assert max(used, packing.microbatches) <= M
     assert bucket(M) == M or packing.microbatches == M

@@ -33,7 +33,7 @@ def test_splits_have_the_columns_and_sizes_they_promise():
 
 def test_rows_are_the_same_everywhere_and_always():
     digest = hashlib.sha256(json.dumps([world.rows(NAME, split) for split in world.SPLITS]).encode()).hexdigest()
-    assert digest == "8de6966f7f41969d43fce1ed41fbbb4156d1d31c0061c6edf7d691f2c95c370b"
+    assert digest == "f6e301bbe5aeba2a8fe6bd866b7ae0ce23ea1d5169716f1779a4d805ff864f67"
     assert world.rows(NAME, "train") != world.rows(NAME, "train", seed=1)
 
 
@@ -46,8 +46,8 @@ def test_test_prompts_share_no_combination_with_training_prompts(seed: int):
     for part in ("language", "situation", "item", "question", "frame"):
         assert {getattr(c, part) for c in tested} <= {getattr(c, part) for c in trained}
     for split in world.SPLITS:
-        combinations = world.combinations(split, seed)
-        assert len(set(combinations)) == len(combinations)
+        times = Counter(world.combinations(split, seed)).values()
+        assert max(times) - min(times) <= 1
 
 
 def test_no_prompt_of_a_test_split_is_a_training_prompt():

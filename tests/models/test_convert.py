@@ -336,8 +336,8 @@ def test_loading_takes_the_model_and_a_tensor_writing_a_tensor(large: Path, dtyp
     model_bytes, loading, writing = map(int, run.stdout.splitlines()[-1].split())
     largest = 512 * 4096 * 4
     print(f"{dtype}: {(loading - model_bytes) / 1e6:.1f} MB above the model to load, {writing / 1e6:.1f} MB to write")
-    assert model_bytes * 0.9 < loading < model_bytes + 2 * largest + 8_000_000
-    assert writing < 3 * largest + 8_000_000
+    assert model_bytes * 0.9 < loading < model_bytes + 2 * largest + 16_000_000
+    assert writing < 2 * largest + 16_000_000
 
 
 def test_bfloat16_files_hold_bfloat16(model: Model, tmp_path: Path) -> None:

@@ -1,0 +1,474 @@
+"""The course of whole runs on a tiny model: what a run leaves behind, when it goes on, when it refuses."""
+
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from filelock import FileLock
+from safetensors.numpy import load_file
+
+from jaxpo import config_file, launch, run
+from jaxpo.config import Run
+from jaxpo.errors import UserError
+from jaxpo.evaluation import plots
+from jaxpo.models.checkpoint import read_checkpoint
+from jaxpo.models.convert import load_decoder
+from jaxpo.training import loop
+from jaxpo.training.checkpoint import Checkpoints
+from jaxpo.training.loop import Loop
+from jaxpo.training.optimizer import make_optimizer
+from jaxpo.training.step import TrainState
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def configured(tiny: Path, tmp_path: Path) -> Callable[..., Run]:
+    """`configured(kind, *changes)`: the tiny config of a kind, whose run is to be in tmp_path/run."""
+
+    def make(kind: str, *changes: str) -> Run:
+        return config_file.load(tiny / f"{kind}.yaml", [f"output_dir={tmp_path}/run", *changes])
+
+    return make
+
+
+@pytest.fixture
+def train(configured: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Train:
+    """`train(kind, *changes)`: the run, without its plots, which take longer than everything else."""
+    monkeypatch.setattr(plots, "write", lambda records, folder: None)
+    return lambda kind, *changes: run.train(configured(kind, *changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished DPO run; not to be changed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return run.train(config_file.load(tiny / "dpo.yaml", [f"output_dir={out}", *SAMPLES]))
+
+
+SAMPLES = ("samples.prompts=2", "samples.max_new_tokens=4")
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    assert (a / "export" / "model.safetensors").read_bytes() == (b / "export" / "model.safetensors").read_bytes()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """SIGTERM comes while the at-th step of the next run is computed."""
+    count_places, calls = loop.count_places, [0]
+
+    def counting(batch: Any) -> tuple[int, int]:
+        calls[0] += 1
+        if calls[0] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count_places(batch)
+
+    monkeypatch.setattr(loop, "count_places", counting)
+
+
+def stop(train: Train, at: int, *changes: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, at)
+        with pytest.raises(SystemExit) as caught:
+            train("dpo", *changes)
+    assert caught.value.code == 143
+
+
+# What a run leaves behind
+
+
+def test_the_folder_of_a_finished_run(finished: Path):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "plots", "export", "dropped.jsonl"}
+    assert list((finished / "plots").glob("*.png"))
+    assert not list(finished.rglob("*.partial"))
+    assert [record["step"] for record in records(finished)] == [0, 1, 2, 3, 4, 5, 6]
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"2", "4", "6"}
+    samples = json.loads((finished / "samples.json").read_text())
+    assert {name: len(texts) for name, texts in samples.items()} == {"prompts": 2, "before": 2, "after": 2}
+
+
+def test_the_summary(finished: Path):
+    found = summary(finished)
+    assert found["reference"] == {"computed": 192, "reused": 0}
+    assert (found["steps"], found["examples"], found["exported_step"]) == (6, 48, 6)
+    assert found["dropped"] == {}
+    assert 0.0 < found["padding_fraction"] < 1.0
+    assert found["pairs_per_s"] > 0.0
+    assert found["tokens_per_s"] > found["pairs_per_s"]
+    assert found["peak_bytes"] > 1e7
+    assert all(seconds >= 0.0 for seconds in found["seconds"].values())
+    assert found["seconds"].keys() >= {"data", "load", "reference", "train", "evaluate", "checkpoint", "export"}
+    lines = records(finished)
+    for when, line in (("before", lines[0]), ("after", lines[-1])):
+        assert found[when] == {name: value for name, value in line.items() if name.startswith("eval_")}
+        assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_kl/chosen"} <= found[when].keys()
+    assert abs(found["before"]["eval_loss"] - math.log(2)) < 1e-5
+    assert found["after"]["eval_loss"] < 0.5
+
+
+def test_the_written_config_reproduces_the_run(finished: Path, tmp_path: Path):
+    out = run.train(config_file.load(finished / "config.yaml", [f"output_dir={tmp_path}/again"]))
+    assert_equal_weights(out, finished)
+    assert [r.get("loss") for r in records(out)] == [r.get("loss") for r in records(finished)]
+    assert summary(out)["reference"] == {"computed": 0, "reused": 192}
+
+
+def test_dropped_rows_are_listed(train: Train, tiny: Path, tmp_path: Path):
+    rows = (tiny / "dpo.jsonl").read_text().splitlines()[:12]
+    equal = json.loads(rows[3])
+    equal["rejected"] = equal["chosen"]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:3], json.dumps(equal), *rows[4:]]) + "\n")
+    out = train(
+        "dpo", f"data.train=[{{path: {tmp_path}/rows.jsonl}}]", "training.max_steps=1", "training.eval_every=null"
+    )
+    assert summary(out)["dropped"] == {"equal_answers": 1}
+    (line,) = map(json.loads, (out / "dropped.jsonl").read_text().splitlines())
+    assert line["where"].endswith("rows.jsonl:4")
+
+
+def test_without_evaluation(train: Train):
+    out = train("dpo", "data.eval=[]", "training.eval_every=null", "training.max_steps=2", *SAMPLES)
+    found = summary(out)
+    assert (found["before"], found["after"]) == ({}, {})
+    assert found["reference"]["computed"] + found["reference"]["reused"] == 160
+    assert [record["step"] for record in records(out)] == [1, 2]
+    assert len(json.loads((out / "samples.json").read_text())["after"]) == 2
+
+
+@pytest.mark.parametrize("normalize", ["true", "false"])
+def test_ipo(normalize: str, train: Train):
+    out = train("dpo", f"objective={{name: ipo, normalize: {normalize}}}", "training.max_steps=2")
+    before, after = summary(out)["before"], summary(out)["after"]
+    assert before["eval_loss"] == pytest.approx(1 / (2 * 0.1) ** 2, abs=1e-3)
+    assert after["eval_loss"] < before["eval_loss"]
+
+
+def test_sft(train: Train):
+    out = train("sft")
+    found = summary(out)
+    assert found["reference"] == {"computed": 0, "reused": 0}
+    assert found["after"]["eval_loss"] < found["before"]["eval_loss"] - 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_compute(dtype: str, train: Train, tiny: Path, finished: Path):
+    out = train("dpo", "model.compute_dtype=bfloat16", f"model.dtype={dtype}", "export.dtype=bfloat16")
+    assert {array.dtype for array in weights(out).values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((out / "export" / "config.json").read_text())["dtype"] == "bfloat16"
+    found = summary(out)
+    assert abs(found["before"]["eval_loss"] - math.log(2)) < 1e-5
+    assert found["after"]["eval_loss"] == pytest.approx(summary(finished)["after"]["eval_loss"], rel=0.5)
+
+
+def test_stages_in_order(train: Train, tiny: Path, tmp_path: Path):
+    """A model from scratch, by SFT, then by DPO from where that ended; again is nothing to do."""
+    scratch = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    scratch |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    stage = {
+        "model": {"scratch": {"architecture": scratch, "tokenizer": {"vocab_size": 300}}, "compute_dtype": "float32"},
+        "data": {"train": [{"path": f"{tiny}/sft.jsonl"}], "max_length": 192, "cache_dir": f"{tiny}/data"},
+        "objective": {"name": "sft"},
+        "training": {"batch_size": 8, "row_length": 192, "max_steps": 2},
+        "optimizer": {"learning_rate": 0.01},
+        "samples": {"prompts": 0},
+    }
+    changes = [f"stages={json.dumps({'sft': stage})}", "model.path=stage:sft", "data.max_length=192"]
+    out = train("dpo", *changes, "training.max_steps=2")
+    first = load_file(out / "stages" / "sft" / "export" / "model.safetensors")
+    assert summary(out / "stages" / "sft")["objective"] == "sft"
+    assert weights(out).keys() == first.keys()
+    assert not np.array_equal(weights(out)["model.norm.weight"], first["model.norm.weight"])
+    assert (out / "stages" / "sft" / "init" / "tokenizer.json").exists()
+    before = content(out)
+    train("dpo", *changes, "training.max_steps=2")
+    assert content(out) == before
+
+    again = run.train(config_file.load(out / "config.yaml", [f"output_dir={tmp_path}/again"]))
+    assert_equal_weights(again, out)
+
+
+# Checkpoints and the best of them
+
+
+def test_the_best_checkpoint_is_kept_and_exported(train: Train, configured: Callable[..., Run]):
+    changes = [
+        "training.best_metric=eval_loss",
+        "training.best_mode=max",  # the loss falls, so that the first evaluation after a step is the best
+        "training.eval_every=2",
+        "training.save_every=3",
+        "training.keep_checkpoints=1",
+        "export.checkpoint=best",
+    ]
+    out = train("dpo", *changes)
+    found = summary(out)
+    assert found["exported_step"] == 2
+    assert found["steps"] == 6
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"2", "6"}
+    lines = {record["step"]: record for record in records(out)}
+    assert found["after"] == {name: value for name, value in lines[2].items() if name.startswith("eval_")}
+
+    config = configured("dpo", *changes)
+    parts = run.prepare(config, out)
+    optimizer = make_optimizer(config.optimizer, parts.checkpoint.decoder_config, 6, config.training.max_grad_norm)
+    with Checkpoints(out, config.training) as checkpoints:
+        state, _ = checkpoints.restore(2, run.abstract_state(parts, optimizer))
+    exported = load_decoder(read_checkpoint(str(out / "export"), None), "float32", None)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(exported), jax.device_get(state.decoder))
+
+
+def test_a_best_metric_that_no_evaluation_gives(train: Train):
+    with pytest.raises(UserError, match=r"best_metric is 'eval_reward'.*eval_rewards/accuracies"):
+        train("dpo", "training.best_metric=eval_reward")
+
+
+def test_only_the_last_checkpoints_are_kept(train: Train):
+    out = train("dpo", "training.save_every=1", "training.keep_checkpoints=2", "training.max_steps=4")
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"3", "4"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train: Train, tmp_path: Path, tiny: Path):
+    rows = "optimizer.learning_rate=1.0e+30"
+    with pytest.raises(UserError) as caught:
+        train("dpo", rows, "training.save_every=1", "training.max_grad_norm=null", "optimizer.warmup_ratio=0.0")
+    text = str(caught.value)
+    found = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert f"step {found['step']} gave a loss of" in text
+    assert "dpo.jsonl:" in text
+    assert str(tmp_path / "run" / "checkpoints" / str(found["step"] - 1)) in text
+    assert len(found["examples"]) == 8
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+# Going on, and refusing to
+
+
+def test_a_finished_run_is_left_alone(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    before = content(finished)
+    assert run.train(config_file.load(finished / "config.yaml")) == finished
+    assert "nothing to do" in capfd.readouterr().out
+    assert content(finished) == before
+
+
+def test_another_config_is_refused(finished: Path, capfd: pytest.CaptureFixture[str]):
+    before = content(finished)
+    changes = ["training.batch_size=4", "objective.beta=0.3"]
+    with pytest.raises(UserError) as caught:
+        run.train(config_file.load(finished / "config.yaml", changes))
+    assert "objective.beta was 0.1 and is 0.3; training.batch_size was 8 and is 4" in str(caught.value)
+    assert launch.main(["train", str(finished / "config.yaml"), *changes]) == 2
+    assert "training.batch_size" in capfd.readouterr().err
+    assert content(finished) == before
+
+
+def test_another_objective_is_refused(finished: Path):
+    with pytest.raises(UserError, match=r"objective\.name was 'dpo' and is 'ipo'"):
+        run.train(config_file.load(finished / "config.yaml", ["objective={name: ipo}"]))
+
+
+def test_a_foreign_folder_is_refused(train: Train, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.tex but no config\.yaml"):
+        train("dpo")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"thesis.tex", ".lock"}
+
+
+def test_a_foreign_folder_is_refused_before_its_stages(train: Train, tiny: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    stage = {"model": {"path": f"{tiny}/llama"}, "data": {"train": [{"path": f"{tiny}/sft.jsonl"}]}}
+    stage["objective"] = {"name": "sft"}
+    with pytest.raises(UserError, match=r"holds thesis\.tex but no config\.yaml"):
+        train("dpo", f"stages={json.dumps({'sft': stage})}", "model.path=stage:sft")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"thesis.tex", ".lock"}
+
+
+def test_a_file_in_place_of_the_folder_is_refused(train: Train, tmp_path: Path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="output_dir"):
+        train("dpo")
+
+
+def test_a_folder_in_use_is_refused(train: Train, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(UserError, match="in use by another jaxpo process"):
+        train("dpo")
+
+
+def test_a_kill_while_the_config_is_written(train: Train, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml.partial").write_text("output_di")
+    assert (train("dpo", "training.max_steps=1") / "summary.json").exists()
+
+
+def test_sigterm_then_the_same_command(train: Train, finished: Path, tmp_path: Path):
+    stop(train, 3, *SAMPLES)
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2, 3]
+    out = train("dpo", *SAMPLES)
+    assert_equal_weights(out, finished)
+    assert [r.get("loss") for r in records(out)] == [r.get("loss") for r in records(finished)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["training.row_length=512", "training.rows_per_device=2", "model.remat=full"],
+        ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+        ["logging.every=2", "training.eval_every=null", "training.save_every=5", "training.keep_checkpoints=1"],
+    ],
+)
+def test_what_a_resumed_run_may_change(changes: list[str], train: Train, finished: Path, tmp_path: Path):
+    stop(train, 3)
+    out = train("dpo", *changes)
+    expected = weights(finished)
+    for name, array in weights(out).items():
+        # Adam divides by the root of tiny second moments, which magnifies the rounding.
+        np.testing.assert_allclose(array, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    assert summary(out)["after"]["eval_loss"] == pytest.approx(summary(finished)["after"]["eval_loss"], rel=1e-3)
+
+
+def test_more_samples_from_a_resumed_run(train: Train, tmp_path: Path):
+    stop(train, 2, "training.max_steps=3", "samples.prompts=1", "samples.max_new_tokens=2")
+    out = train("dpo", "training.max_steps=3", "samples.prompts=3", "samples.max_new_tokens=2")
+    samples = json.loads((out / "samples.json").read_text())
+    assert len(samples["prompts"]) == len(samples["before"]) == len(samples["after"])
+
+
+def test_samples_only_from_a_resumed_run(train: Train):
+    stop(train, 2, "training.max_steps=3")
+    assert (train("dpo", "training.max_steps=3", *SAMPLES) / "summary.json").exists()
+
+
+def test_a_stopped_run_that_was_moved_goes_on(train: Train, finished: Path, tmp_path: Path, tiny: Path):
+    stop(train, 4)
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / "run"
+    (tmp_path / "run").rename(moved)
+    run.train(config_file.load(tiny / "dpo.yaml", [f"output_dir={moved}"]))
+    assert_equal_weights(moved, finished)
+
+
+def test_a_checkpoint_half_deleted_by_a_kill(train: Train, finished: Path, tmp_path: Path):
+    changes = ["training.best_metric=eval_loss", "training.eval_every=1"]
+    stop(train, 4, *changes)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.iterdir())
+    for number, step in enumerate(steps[:-1]):
+        for file in sorted(path for path in (checkpoints / str(step)).rglob("*") if path.is_file())[number::2]:
+            file.unlink()
+    assert_equal_weights(train("dpo", *changes), finished)
+
+
+def test_a_damaged_last_checkpoint_is_named(train: Train, tmp_path: Path):
+    stop(train, 4)
+    damaged = tmp_path / "run" / "checkpoints" / "4"
+    shutil.rmtree(damaged / "state")
+    with pytest.raises(UserError) as caught:
+        train("dpo")
+    assert str(damaged) in str(caught.value)
+    shutil.rmtree(damaged)
+    assert (train("dpo") / "summary.json").exists()
+
+
+# Memory
+
+
+def shapes_of(tree: Any) -> Counter[tuple[tuple[int, ...], np.dtype]]:
+    return Counter((leaf.shape, np.dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """What is alive after each step and each evaluation, apart from what was alive before the run: shapes and bytes."""
+    gc.collect()
+    before = jax.live_arrays()
+    found: dict[str, list[Any]] = {"step": [], "evaluation": []}
+    original = loop.train
+
+    def look(where: str, state: TrainState, batch: Any = ()) -> None:
+        jax.block_until_ready(state)
+        gc.collect()
+        known = {id(array) for array in before}
+        alive = [array for array in jax.live_arrays() if id(array) not in known]
+        found[where].append((alive, state.decoder, sum(leaf.nbytes for leaf in jax.tree.leaves(batch))))
+        found[where][-1] = (
+            shapes_of(alive),
+            shapes_of(state.decoder),
+            sum(a.nbytes for a in alive),
+            sum(p.nbytes for p in jax.tree.leaves(state.decoder)),
+            found[where][-1][2],
+        )
+
+    def watched(work: Loop, state: TrainState, first: int, progress: Any) -> TrainState:
+        def step(state: TrainState, batch: Any) -> Any:
+            state, result = work.step(state, batch)
+            look("step", state, batch)
+            return state, result
+
+        assert work.evaluate is not None
+        evaluate = work.evaluate
+
+        def evaluated(decoder: Any) -> Any:
+            line = evaluate(decoder)
+            look("evaluation", TrainState(jnp.int32(0), decoder, ()))
+            return line
+
+        return original(replace(work, step=step, evaluate=evaluated), state, first, progress)
+
+    monkeypatch.setattr(loop, "train", watched)
+    return found
+
+
+@pytest.mark.parametrize("reference", ["its own start", "another model", "its own start, resumed"])
+def test_no_reference_parameter_is_alive_in_training(
+    reference: str, train: Train, live: dict[str, list[Any]], tiny: Path, tmp_path: Path
+):
+    changes = [f"reference.cache_dir={tmp_path}/reference"]
+    if reference == "another model":
+        shutil.copytree(tiny / "llama", tmp_path / "other")
+        file = tmp_path / "other" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-4] + np.float32(0.5).tobytes())
+        changes.append(f"reference.path={tmp_path}/other")
+    if "resumed" in reference:
+        stop(train, 3, *changes)
+        live["step"].clear()
+    out = train("dpo", *changes)
+    assert summary(out)["reference"]["computed"] == (0 if "resumed" in reference else 192)
+    assert live["step"]
+    assert live["evaluation"]
+    for where, looks in live.items():
+        for shapes, decoder, total, params, batch in looks:
+            # The weights and Adam's two moments; a copy of any weight in whatever dtype would make it four.
+            copies = {shape: shapes[shape] / decoder[shape] for shape in decoder}
+            assert set(copies.values()) == {3}, (where, copies)
+            assert 3 * params < total < 3 * params + 2 * batch + 150_000, (where, total, params, batch)

@@ -1,0 +1,112 @@
+"""The device mesh: how its axes are sized, and where parameters, batches and optimizer states lie on it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxpo.config import MeshConfig, OptimizerConfig
+from jaxpo.errors import UserError
+from jaxpo.models.decoder import Decoder, abstract_decoder, map_params
+from jaxpo.training.mesh import Layout, make_mesh
+from jaxpo.training.optimizer import make_optimizer
+from jaxpo.training.step import TrainState
+
+
+def layout(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Layout:
+    return Layout(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((-1, 1, 4), (2, 1, 4)),
+        ((1, 2, -1), (1, 2, 4)),
+        ((8, 1, 1), (8, 1, 1)),
+    ],
+)
+def test_minus_one_takes_the_devices_that_are_left(sizes: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+    mesh = layout(*sizes).mesh
+    assert tuple(mesh.shape.values()) == expected
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (1, 1, 1), (4, 4, 1), (16, -1, 1)])
+def test_axes_that_do_not_cover_the_devices_are_an_error(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(UserError) as caught:
+        layout(*sizes)
+    data, fsdp, tensor = sizes
+    assert str(caught.value) == (
+        f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which cannot cover the 8 cpu device(s) here: expected "
+        "axes whose product is 8 (-1 takes the rest)."
+    )
+
+
+def test_rows_are_split_over_data_and_fsdp() -> None:
+    at = layout(data=2, fsdp=2, tensor=2)
+    assert at.batch_devices == 4
+    rows = jax.device_put(np.zeros((3, 8, 5)), at.rows)
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 2, 5)}
+
+
+def specs(at: Layout, config: Any) -> dict[str, PartitionSpec]:
+    found: dict[str, PartitionSpec] = {}
+    abstract = abstract_decoder(config, jnp.float32)
+    map_params(lambda path, sharding: found.update({path: sharding.spec}), at.decoder(config, abstract))
+    return found
+
+
+def test_parameters_follow_the_table(small_decoder: Decoder) -> None:
+    P = PartitionSpec
+    assert specs(layout(data=2, fsdp=2, tensor=2), small_decoder.config) == {
+        "embedding": P("tensor", "fsdp"),
+        "blocks.attention_norm.scale": P(None, None),
+        "blocks.attention.query.kernel": P(None, "fsdp", "tensor", None),
+        "blocks.attention.key.kernel": P(None, "fsdp", "tensor", None),
+        "blocks.attention.value.kernel": P(None, "fsdp", "tensor", None),
+        "blocks.attention.out.kernel": P(None, "tensor", None, "fsdp"),
+        "blocks.mlp_norm.scale": P(None, None),
+        "blocks.mlp.gate.kernel": P(None, "fsdp", "tensor"),
+        "blocks.mlp.up.kernel": P(None, "fsdp", "tensor"),
+        "blocks.mlp.down.kernel": P(None, "tensor", "fsdp"),
+        "final_norm.scale": P(None),
+    }
+
+
+def test_an_axis_that_does_not_divide_stays_whole(small_decoder: Decoder) -> None:
+    """4 key and value heads on 8 tensor devices; the 8 query heads, 96 tokens and 48 MLP units divide."""
+    found = specs(layout(fsdp=1, tensor=8), small_decoder.config)
+    assert found["blocks.attention.key.kernel"] == PartitionSpec(None, "fsdp", None, None)
+    assert found["blocks.attention.query.kernel"] == PartitionSpec(None, "fsdp", "tensor", None)
+    at = layout(fsdp=1, tensor=8)
+    assert at.parameter((97, 32), ("vocab", "embed")).spec == PartitionSpec(None, "fsdp")
+
+
+def test_the_optimizer_lies_where_the_parameters_do(small_decoder: Decoder) -> None:
+    at, config = layout(data=2, fsdp=2, tensor=2), small_decoder.config
+    decoder = abstract_decoder(config, jnp.float32)
+    optimizer = make_optimizer(OptimizerConfig(), config, 10, 1.0)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), decoder, jax.eval_shape(optimizer.init, decoder))
+    placed = at.place(config, state)
+    assert jax.tree.structure(placed) == jax.tree.structure(state)
+    wanted = jax.tree.leaves(at.decoder(config, decoder))
+    assert [leaf.sharding for leaf in jax.tree.leaves(placed.decoder)] == wanted
+    moments = [leaf for leaf in jax.tree.leaves(placed.optimizer) if leaf.shape]
+    assert [leaf.sharding for leaf in moments] == wanted * 2
+    counters = [placed.step, *(leaf for leaf in jax.tree.leaves(placed.optimizer) if not leaf.shape)]
+    assert len(counters) == 3
+    assert {leaf.sharding for leaf in counters} == {at.replicated}
+
+
+def test_a_gathered_embedding_is_the_same_and_whole_along_its_width(small_decoder: Decoder) -> None:
+    at = layout(data=1, fsdp=4, tensor=2)
+    decoder = jax.device_put(small_decoder, at.decoder(small_decoder.config, small_decoder))
+    gathered = jax.jit(lambda d: at.gather_embedding(d).embedding[...])(decoder)
+    assert {shard.data.shape for shard in gathered.addressable_shards} == {(48, 32)}
+    np.testing.assert_array_equal(gathered, small_decoder.embedding[...])
