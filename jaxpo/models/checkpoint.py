@@ -64,8 +64,8 @@ class TorchTensor:
 class Checkpoint:
     """A checkpoint that holds every weight of its decoder, in the right shape.
 
-    tensors: by the names of `families.tensors`; none in jaxpo's own format (`native`). generation_config: None where the
-    folder has none. notes: what was left out on purpose, a sentence each, for people.
+    tensors: by the names of `families.tensors`; none in jaxpo's own format (`native`). generation_config: None where
+    the folder has none. notes: what was left out on purpose, a sentence each, for people.
     """
 
     folder: Path

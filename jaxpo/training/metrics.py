@@ -40,9 +40,16 @@ def read(folder: Path) -> list[Record]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     try:
-        return [json.loads(line) for line in whole]
+        records = [json.loads(line) for line in whole]
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged: {error}. Expected one JSON object per line; move the file away.") from None
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise UserError(
+                f"{path}:{number} is no line of metrics: expected a JSON object with a whole number for step; move the "
+                "file away."
+            )
+    return records
 
 
 class Sink(Protocol):

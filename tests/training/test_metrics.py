@@ -56,7 +56,14 @@ def test_each_line_is_on_disk_once_written(tmp_path: Path) -> None:
 def test_a_resumed_run_drops_later_lines_and_writes_them_again(tmp_path: Path) -> None:
     write_steps(tmp_path, 0, 5, run=1)
     write_steps(tmp_path, 3, 6, run=2)
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 2),
+        (6, 2),
+    ]
 
 
 def test_a_run_that_starts_again_from_the_beginning_writes_step_0_once(tmp_path: Path) -> None:

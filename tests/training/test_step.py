@@ -53,22 +53,38 @@ def step(small_decoder: Decoder) -> Step:
     return jax.jit(make_train_step(DPO(beta=BETA), scorer(Packing(128, 2)), optimizer))
 
 
-def plain_logp(decoder: Decoder, prompt: jax.Array, completion: jax.Array) -> jax.Array:
-    """The completion's log-prob from the logits of the whole sequence."""
+LONGEST = 80
+
+
+def plain_logp(decoder: Decoder, tokens: jax.Array, prompt: jax.Array, end: jax.Array) -> jax.Array:
+    """The log-prob of tokens [prompt, end) of a sequence, from the logits of all of it.
+
+    The sequence is padded at its end, where causal attention does not see it, so that one program serves all lengths.
+    """
 
     def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
-    tokens = jnp.concatenate([prompt, completion])
-    hidden, _ = decoder.hidden(tokens[None], jnp.arange(len(tokens))[None], causal)
-    table = jax.nn.log_softmax(decoder.logits(hidden)[0, len(prompt) - 1 : -1])
-    return jnp.take_along_axis(table, completion[:, None], axis=1).sum()
+    hidden, _ = decoder.hidden(tokens[None], jnp.arange(LONGEST)[None], causal)
+    table = jax.nn.log_softmax(decoder.logits(hidden)[0, :-1])
+    logps = jnp.take_along_axis(table, tokens[1:, None], axis=1)[:, 0]
+    at = jnp.arange(1, LONGEST)
+    return jnp.where((prompt <= at) & (at < end), logps, 0.0).sum()
 
 
-def plain_loss(decoder: Decoder, example: Example, reference: np.ndarray) -> jax.Array:
-    """Equation 7 of the DPO paper, written out."""
-    prompt, (chosen, rejected) = jnp.asarray(example.prompt), map(jnp.asarray, example.completions)
-    rewards = [BETA * (plain_logp(decoder, prompt, c) - r) for c, r in zip((chosen, rejected), reference, strict=True)]
+def sequence(example: Example, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `plain_logp` takes for completion k."""
+    tokens = np.zeros(LONGEST, np.int32)
+    P, C = len(example.prompt), len(example.completions[k])
+    tokens[: P + C] = np.concatenate([example.prompt, example.completions[k]])
+    return jnp.asarray(tokens), jnp.int32(P), jnp.int32(P + C)
+
+
+@jax.jit
+@jax.value_and_grad
+def plain_loss(decoder: Decoder, chosen: Any, rejected: Any, reference: jax.Array) -> jax.Array:
+    """Equation 7 of the DPO paper, written out for one pair."""
+    rewards = [BETA * (plain_logp(decoder, *c) - r) for c, r in zip((chosen, rejected), reference, strict=True)]
     return jnp.log1p(jnp.exp(rewards[1] - rewards[0]))
 
 
@@ -90,7 +106,7 @@ def test_a_step_is_that_of_a_plain_implementation(
     decoder = on_device(small_decoder)
     losses, grads = [], jax.tree.map(jnp.zeros_like, decoder)
     for example, reference in zip(few, table, strict=True):
-        loss, grad = jax.value_and_grad(plain_loss)(decoder, example, reference)
+        loss, grad = plain_loss(decoder, sequence(example, 0), sequence(example, 1), jnp.asarray(reference))
         losses.append(float(loss))
         grads = jax.tree.map(lambda total, g: total + g / len(few), grads, grad)
     norm = math.sqrt(sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)))
@@ -114,7 +130,7 @@ def test_a_step_is_that_of_a_plain_implementation(
 def test_a_fraction_of_the_loss_is_divided_by_the_examples_of_the_whole_batch(
     small_decoder: Decoder, pairs: list[Example], references: np.ndarray, step: Step
 ) -> None:
-    """Rows in one microbatch, or each in its own, with empty ones besides: the same sums, not an average of averages."""
+    """Rows in one microbatch, or each in its own, with empty ones besides: sums, not an average of averages."""
     packings = [Packing(128, 2), Packing(128, 2, packed=False), Packing(128, 2, microbatches=16)]
     results = []
     for packing in packings:
@@ -173,7 +189,8 @@ def test_sft_is_the_mean_over_the_tokens_of_the_batch(small_decoder: Decoder, pa
     batch, _ = pack(singles, None, Packing(128, 2))
     metrics = jax.jit(make_evaluation_step(SFT(), scorer(Packing(128, 2))))(on_device(small_decoder), on_device(batch))
     decoder = on_device(small_decoder)
-    nll = -sum(float(plain_logp(decoder, jnp.asarray(e.prompt), jnp.asarray(e.completions[0]))) for e in singles)
+    logp = jax.jit(plain_logp)
+    nll = -sum(float(logp(decoder, *sequence(e, 0))) for e in singles)
     tokens = sum(len(e.completions[0]) for e in singles)
     assert float(metrics["loss"].weight) == tokens
     assert float(metrics["loss"].sum) == pytest.approx(nll, rel=1e-5)
