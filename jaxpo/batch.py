@@ -5,10 +5,12 @@ row, K completions of an example, E = R * X example slots of a microbatch.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
+
+A = TypeVar("A", jax.Array, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Completions(NamedTuple):
     """The completions of a microbatch as an objective sees them: small float32 arrays, no tokens.
 
     logps, reference_logps [E, K]: log-probs of a completion's tokens given its prompt, summed, in nats (0 in an empty
-    slot; reference_logps is 0 where the objective uses no reference). lengths [E, K]: completion tokens. correct [E, K]:
-    completion tokens that were the likeliest of the vocabulary. present [E]: whether the slot holds an example.
+    slot; reference_logps is 0 where the objective uses no reference). lengths [E, K]: completion tokens.
+    correct [E, K]: completion tokens that were the likeliest of the vocabulary. present [E]: whether the slot holds an
+    example.
     num_examples, num_tokens []: examples and completion tokens of the *whole* batch, the denominators of a mean.
     """
 
@@ -52,7 +55,7 @@ class Completions(NamedTuple):
 class Objective(Protocol):
     """A frozen dataclass of hyper-parameters that turns completions into a loss.
 
-    The returned loss is the microbatch's *share* of the batch's loss: shares (and their gradients) add up to it exactly.
+    The returned loss is the microbatch's *share* of the batch's loss: shares, and their gradients, add up to it.
     """
 
     num_completions: ClassVar[int]
@@ -61,8 +64,10 @@ class Objective(Protocol):
     def __call__(self, completions: Completions, /) -> tuple[jax.Array, dict[str, Metric]]: ...
 
 
-class PackedBatch(NamedTuple):
-    """Examples packed into rows, ready for the device. All int32 but reference_logps; unused places hold 0.
+class PackedBatch(NamedTuple, Generic[A]):
+    """Examples packed into rows, on the host (`HostBatch`) or the devices (`DeviceBatch`).
+
+    All int32 but reference_logps; unused places hold 0.
 
     tokens, positions [M, R, T]: positions restart after the prompt for every completion.
     segments [M, R, T]: which context a token belongs to, from 1 in each row; 0 is padding.
@@ -75,15 +80,19 @@ class PackedBatch(NamedTuple):
     num_examples, num_tokens []: examples and completion tokens of the whole batch.
     """
 
-    tokens: np.ndarray | jax.Array
-    positions: np.ndarray | jax.Array
-    segments: np.ndarray | jax.Array
-    branches: np.ndarray | jax.Array
-    target_positions: np.ndarray | jax.Array
-    target_labels: np.ndarray | jax.Array
-    target_slots: np.ndarray | jax.Array
-    lengths: np.ndarray | jax.Array
-    reference_logps: np.ndarray | jax.Array
-    num_microbatches: np.ndarray | jax.Array
-    num_examples: np.ndarray | jax.Array
-    num_tokens: np.ndarray | jax.Array
+    tokens: A
+    positions: A
+    segments: A
+    branches: A
+    target_positions: A
+    target_labels: A
+    target_slots: A
+    lengths: A
+    reference_logps: A
+    num_microbatches: A
+    num_examples: A
+    num_tokens: A
+
+
+HostBatch = PackedBatch[np.ndarray]
+DeviceBatch = PackedBatch[jax.Array]

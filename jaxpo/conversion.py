@@ -31,7 +31,7 @@ def from_hf(source: str, out: Path) -> None:
 
 
 def to_hf(source: Path, out: Path, dtype: str | None) -> None:
-    """Make a Hugging Face folder of a run (its last checkpoint), of one of its checkpoints, or of jaxpo's own format."""
+    """Make a Hugging Face folder of a run (its last checkpoint), of a checkpoint in it, or of jaxpo's own format."""
     if native.is_native(source) and (source / "config.json").exists():
         checkpoint = read_checkpoint(source)
         stored = native.stored_dtype(source)
@@ -64,8 +64,8 @@ def find_step(source: Path) -> tuple[Path, int]:
     if source.parent.name == training_checkpoint.FOLDER and source.name.isdecimal() and source.is_dir():
         return source.parent.parent, int(source.name)
     raise UserError(
-        f"{source} is neither a run (a folder with {CONFIG}), nor a checkpoint in one (RUN/{training_checkpoint.FOLDER}/STEP), "
-        "nor a checkpoint that `convert from-hf` made."
+        f"{source} is neither a run (a folder with {CONFIG}), nor a checkpoint in one "
+        f"(RUN/{training_checkpoint.FOLDER}/STEP), nor a checkpoint that `convert from-hf` made."
     )
 
 

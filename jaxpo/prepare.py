@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from jaxpo import console
-from jaxpo.batch import PackedBatch
+from jaxpo.batch import DeviceBatch, HostBatch
 from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
 from jaxpo.data import dataset, formats, sources
 from jaxpo.data.loader import Corpus
@@ -21,7 +21,7 @@ from jaxpo.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_to
 from jaxpo.errors import UserError
 from jaxpo.models.checkpoint import Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
-from jaxpo.models.decoder import Decoder, abstract_decoder
+from jaxpo.models.decoder import Decoder, Learned, abstract_decoder
 from jaxpo.models.export import export
 from jaxpo.models.scratch import build
 from jaxpo.objectives.score import Scorer, head_chunk
@@ -53,10 +53,10 @@ class Parts:
     def corpora(self) -> list[Corpus]:
         return [self.train] if self.eval is None else [self.train, self.eval]
 
-    def put(self, batch: PackedBatch) -> PackedBatch:
+    def put(self, batch: HostBatch) -> DeviceBatch:
         """A packed batch on the devices: rows split over them, totals on each."""
         at = (self.layout.rows if np.ndim(field) > 1 else self.layout.replicated for field in batch)
-        return PackedBatch(*(jax.device_put(field, sharding) for field, sharding in zip(batch, at, strict=True)))
+        return DeviceBatch(*(jax.device_put(field, sharding) for field, sharding in zip(batch, at, strict=True)))
 
     def load(self, checkpoint: Checkpoint) -> Decoder:
         """A checkpoint's decoder, in the run's dtype, on the mesh."""
@@ -98,9 +98,23 @@ def prepare(run: Run, folder: Path) -> Parts:
     )
     for one in parts.corpora:
         one.check_fits(packing)
+        check_positions(one, checkpoint)
     rows = np.ceil(training.batch_size * parts.train.mean_size(packing) / packing.row_length)
     usual = bucket(int(np.ceil(rows / packing.rows)))
     return dataclasses.replace(parts, packing=dataclasses.replace(packing, microbatches=usual))
+
+
+def check_positions(corpus: Corpus, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a prompt with one of its completions is longer than a table of learned positions."""
+    positions = checkpoint.decoder_config.positions
+    lengths = corpus.prompt_lengths + corpus.completion_lengths.max(axis=1)
+    longest = int(lengths.argmax())
+    if isinstance(positions, Learned) and lengths[longest] > positions.max_positions:
+        raise UserError(
+            f"example {corpus[longest].id} is {lengths[longest]} tokens long with its longest completion, but the "
+            f"model in {checkpoint.folder} has {positions.max_positions} positions. Expected a data.max_length of at most "
+            f"{positions.max_positions}."
+        )
 
 
 def corpus(run: Run, wanted: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerFast) -> Corpus:
@@ -165,7 +179,7 @@ def at_stage(run: Run, folder: Path) -> Run:
 
 
 class References(NamedTuple):
-    """Reference log-prob sums [N, K] of the training and evaluation corpus, and how many completions were computed now."""
+    """Reference log-prob sums [N, K] of both corpora, and how many completions were computed now."""
 
     train: np.ndarray | None
     eval: np.ndarray | None
@@ -176,7 +190,7 @@ class References(NamedTuple):
 def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
     """The reference table of every source, from disk where it is there, else computed and stored.
 
-    `policy` gives the initial weights; they are asked for only if something is to be computed and they are the reference.
+    `policy` gives the initial weights; it is called only if something is to be computed and they are the reference.
     """
     run = parts.run
     if not run.objective.uses_reference:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 from filelock import FileLock, Timeout
 
-from jaxpo import config_file, console
+from jaxpo import atomic, config_file, console
 from jaxpo.config import Run
 from jaxpo.data import inspect, loader
 from jaxpo.errors import UserError
@@ -39,11 +40,11 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.json"
 EXPORT = "export"
 
-# What a resumed run may change: it decides speed, memory or what is shown, never what is learnt.
+# What a resumed run may change: it decides speed, memory, places or what is logged, never what is learnt.
 FREE = (
+    "output_dir",
     "logging",
     "mesh",
-    "samples",
     "data.workers",
     "data.cache_dir",
     "reference.cache_dir",
@@ -61,14 +62,17 @@ FREE = (
 def train(run: Run) -> Path:
     """Do the stages of a run that are not done yet, then the run itself; returns its folder."""
     folder = place_of(run)
-    for name, stage in run.stages.items():
-        place = folder / "stages" / name
-        console.rule(f"stage {name}")
-        resolved = dataclasses.replace(at_stage(stage, folder), output_dir=place)
-        train_one(resolved, resolved, place)
-    if run.stages:
-        console.rule(run.objective.name)
-    return train_one(at_stage(run, folder), run, folder)
+    with claim(folder, run):
+        for name, stage in run.stages.items():
+            place = folder / "stages" / name
+            console.rule(f"stage {name}")
+            resolved = dataclasses.replace(at_stage(stage, folder), output_dir=place)
+            with claim(place, resolved):
+                train_one(resolved, place)
+        if run.stages:
+            console.rule(run.objective.name)
+        train_one(at_stage(run, folder), folder)
+    return folder
 
 
 def fill_reference(run: Run) -> None:
@@ -101,20 +105,18 @@ def place_of(run: Run) -> Path:
     return run.output_dir.expanduser()
 
 
-def train_one(run: Run, written: Run, folder: Path) -> Path:
-    """One run in its folder, from the start or from its last checkpoint. `written` is what config.yaml is to say."""
-    with claim(folder, written):
-        if (folder / SUMMARY).exists():
-            console.say(f"{folder} holds a finished run; nothing to do. Its weights are in {folder / EXPORT}.")
-            return folder
-        progress = Progress()
-        with progress.timed("data"):
-            parts = prepare(run, folder)
-            write_dropped(parts, folder)
-        with Checkpoints(folder, run.training) as checkpoints:
-            trained = course(parts, folder, checkpoints, progress)
-            finish(parts, folder, checkpoints, trained)
-    return folder
+def train_one(run: Run, folder: Path) -> None:
+    """One run in its folder, which is claimed: from the start or from its last checkpoint."""
+    if (folder / SUMMARY).exists():
+        console.say(f"{folder} holds a finished run; nothing to do. Its weights are in {folder / EXPORT}.")
+        return
+    progress = Progress()
+    with progress.timed("data"):
+        parts = prepare(run, folder)
+        write_dropped(parts, folder)
+    with Checkpoints(folder, run.training) as checkpoints:
+        trained = course(parts, folder, checkpoints, progress)
+        finish(parts, folder, checkpoints, trained)
 
 
 @contextmanager
@@ -125,7 +127,7 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / ".lock", timeout=0))
             check_same_run(folder, run)
-            write_text(folder / CONFIG, config_file.dump(run))
+            atomic.write_text(folder / CONFIG, config_file.dump(run))
         except Timeout:
             raise UserError(
                 f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
@@ -138,11 +140,13 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
 def check_same_run(folder: Path, run: Run) -> None:
     """Raise UserError if the folder holds something else than this run: nothing is overwritten."""
     if not (folder / CONFIG).exists():
-        foreign = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, "stages"))
+        names = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, "stages"))
+        # A run that was killed while it wrote its config has left the half of it under such a name.
+        foreign = [name for name in names if not name.startswith(f".{CONFIG}.")]
         if foreign:
             raise UserError(
-                f"output_dir {folder} holds {', '.join(foreign[:4])} but no {CONFIG}, so it is no run of jaxpo; expected a "
-                "new or empty folder."
+                f"output_dir {folder} holds {', '.join(foreign[:4])} but no {CONFIG}, so it is no run of jaxpo; "
+                "expected a new or empty folder."
             )
         return
     before = flat(config_file.as_mapping(config_file.load(folder / CONFIG)))
@@ -154,12 +158,14 @@ def check_same_run(folder: Path, run: Run) -> None:
     ]
     if changed:
         raise UserError(
-            f"output_dir {folder} holds a run with another config: {'; '.join(changed)}. Expected the same config, to go on "
-            "with that run, or another output_dir."
+            f"output_dir {folder} holds a run with another config: {'; '.join(changed)}. Expected the same config, to "
+            "go on with that run, or another output_dir."
         )
 
 
 def is_free(key: str) -> bool:
+    """Whether a key is one of FREE, of the run itself or of a stage."""
+    key = re.sub(r"^stages\.[^.]+\.", "", key)
     return any(key == free or key.startswith(free + ".") for free in FREE)
 
 
@@ -172,7 +178,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class Trained(NamedTuple):
-    """What came of a run: its last state, its course in figures, the held-out metrics of the first and the last weights."""
+    """What came of a run: its last state, and its course in figures."""
 
     state: TrainState
     steps: int
@@ -256,9 +262,11 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
 def abstract_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of the training state."""
     config = parts.checkpoint.decoder_config
-    decoder = abstract_decoder(config, parts.run.model.dtype)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), decoder, jax.eval_shape(optimizer.init, decoder))
-    return parts.layout.place(config, state)
+
+    def start(decoder: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), decoder, optimizer.init(decoder))
+
+    return parts.layout.place(config, jax.eval_shape(start, abstract_decoder(config, parts.run.model.dtype)))
 
 
 def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
@@ -273,7 +281,7 @@ def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
     so_far = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
     so_far[when] = [parts.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
-    write_text(path, json.dumps(so_far, indent=1, ensure_ascii=False))
+    atomic.write_text(path, json.dumps(so_far, indent=1, ensure_ascii=False))
 
 
 def eos_ids(parts: Parts) -> frozenset[int]:
@@ -321,7 +329,7 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
         "examples": progress.examples,
         "seconds": {stage: round(seconds, 3) for stage, seconds in sorted(progress.seconds.items())},
     }
-    write_text(folder / SUMMARY, json.dumps(summary, indent=1))
+    atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1))
     report.show(folder, summary)
 
 
@@ -356,17 +364,10 @@ def truncated(parts: Parts) -> dict[str, int]:
 def write_dropped(parts: Parts, folder: Path) -> None:
     """dropped.jsonl: every row that was left out, with the reason; and a line on the screen if there are any."""
     listings = [s.dropped_path.read_text(encoding="utf-8") for c in parts.corpora for s in c.sources]
-    write_text(folder / "dropped.jsonl", "".join(listings))
+    atomic.write_text(folder / "dropped.jsonl", "".join(listings))
     if counts := dropped(parts):
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(counts.items()))
         console.say(f"{sum(counts.values())} rows dropped ({reasons}), listed in {folder / 'dropped.jsonl'}")
     cut = {what: n for what, n in truncated(parts).items() if n}
     if cut:
         console.say(f"cut to length: {', '.join(f'{n} {what}s' for what, n in cut.items())}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

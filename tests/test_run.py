@@ -167,7 +167,8 @@ def test_without_evaluation(train: Train):
 
 @pytest.mark.parametrize("normalize", ["true", "false"])
 def test_ipo(normalize: str, train: Train):
-    out = train("dpo", f"objective={{name: ipo, normalize: {normalize}}}", "training.max_steps=2")
+    objective = f"objective={{name: ipo, normalize: {normalize}}}"
+    out = train("dpo", objective, "training.max_steps=3", "optimizer.learning_rate=1.0e-3")
     before, after = summary(out)["before"], summary(out)["after"]
     assert before["eval_loss"] == pytest.approx(1 / (2 * 0.1) ** 2, abs=1e-3)
     assert after["eval_loss"] < before["eval_loss"]
@@ -327,7 +328,7 @@ def test_a_folder_in_use_is_refused(train: Train, tmp_path: Path):
 
 def test_a_kill_while_the_config_is_written(train: Train, tmp_path: Path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml.partial").write_text("output_di")
+    (tmp_path / "run" / ".config.yaml.4711.0a1b2c3d").write_text("output_di")
     assert (train("dpo", "training.max_steps=1") / "summary.json").exists()
 
 
@@ -357,16 +358,11 @@ def test_what_a_resumed_run_may_change(changes: list[str], train: Train, finishe
     assert summary(out)["after"]["eval_loss"] == pytest.approx(summary(finished)["after"]["eval_loss"], rel=1e-3)
 
 
-def test_more_samples_from_a_resumed_run(train: Train, tmp_path: Path):
-    stop(train, 2, "training.max_steps=3", "samples.prompts=1", "samples.max_new_tokens=2")
-    out = train("dpo", "training.max_steps=3", "samples.prompts=3", "samples.max_new_tokens=2")
-    samples = json.loads((out / "samples.json").read_text())
-    assert len(samples["prompts"]) == len(samples["before"]) == len(samples["after"])
-
-
-def test_samples_only_from_a_resumed_run(train: Train):
-    stop(train, 2, "training.max_steps=3")
-    assert (train("dpo", "training.max_steps=3", *SAMPLES) / "summary.json").exists()
+def test_other_samples_are_refused(train: Train):
+    """A resumed run has no weights left to sample from as they were before."""
+    stop(train, 2)
+    with pytest.raises(UserError, match=r"samples\.prompts was 0 and is 2"):
+        train("dpo", "samples.prompts=2")
 
 
 def test_a_stopped_run_that_was_moved_goes_on(train: Train, finished: Path, tmp_path: Path, tiny: Path):
@@ -420,14 +416,8 @@ def live(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         gc.collect()
         known = {id(array) for array in before}
         alive = [array for array in jax.live_arrays() if id(array) not in known]
-        found[where].append((alive, state.decoder, sum(leaf.nbytes for leaf in jax.tree.leaves(batch))))
-        found[where][-1] = (
-            shapes_of(alive),
-            shapes_of(state.decoder),
-            sum(a.nbytes for a in alive),
-            sum(p.nbytes for p in jax.tree.leaves(state.decoder)),
-            found[where][-1][2],
-        )
+        sizes = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (alive, state.decoder, batch))
+        found[where].append((shapes_of(alive), shapes_of(state.decoder), *sizes))
 
     def watched(work: Loop, state: TrainState, first: int, progress: Any) -> TrainState:
         def step(state: TrainState, batch: Any) -> Any:
@@ -453,7 +443,8 @@ def live(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 def test_no_reference_parameter_is_alive_in_training(
     reference: str, train: Train, live: dict[str, list[Any]], tiny: Path, tmp_path: Path
 ):
-    changes = [f"reference.cache_dir={tmp_path}/reference"]
+    # A checkpoint that is being written keeps what it writes alive, so that none is written before the end.
+    changes = [f"reference.cache_dir={tmp_path}/reference", "training.save_every=null"]
     if reference == "another model":
         shutil.copytree(tiny / "llama", tmp_path / "other")
         file = tmp_path / "other" / "model.safetensors"
@@ -471,4 +462,4 @@ def test_no_reference_parameter_is_alive_in_training(
             # The weights and Adam's two moments; a copy of any weight in whatever dtype would make it four.
             copies = {shape: shapes[shape] / decoder[shape] for shape in decoder}
             assert set(copies.values()) == {3}, (where, copies)
-            assert 3 * params < total < 3 * params + 2 * batch + 150_000, (where, total, params, batch)
+            assert 3 * params < total < 3 * params + 2 * batch + 0.1 * params, (where, total, params, batch)

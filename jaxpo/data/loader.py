@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from jaxpo.batch import Example, PackedBatch
+from jaxpo.batch import Example, HostBatch
 from jaxpo.data.dataset import TokenizedDataset
 from jaxpo.data.pack import Packing, check_fits, pack
 
@@ -53,7 +54,7 @@ class Step(NamedTuple):
     """What a step trains on: the examples' indices in the corpus, and the packed batch."""
 
     examples: list[int]
-    batch: PackedBatch
+    batch: HostBatch
 
 
 def epoch_order(corpus: Corpus, shuffle: bool, seed: int) -> grain.MapDataset:
@@ -67,7 +68,7 @@ def epoch_order(corpus: Corpus, shuffle: bool, seed: int) -> grain.MapDataset:
         order = grain.MapDataset.range(len(corpus)).seed(seed)
         return order.shuffle() if shuffle else order
     parts = []
-    for n, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for n, (start, stop) in enumerate(pairwise(starts)):
         part = grain.MapDataset.range(int(start), int(stop)).seed(seed + n)
         parts.append(part.shuffle() if shuffle else part)
     return grain.MapDataset.mix(parts, corpus.weights)

@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxpo.batch import Example, PackedBatch
+from jaxpo.batch import Example, HostBatch
 from jaxpo.errors import UserError
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How rows are laid out: tokens in a row, rows in a microbatch, several examples in a row or one, prompt once or K times.
+    """The layout of rows: their tokens, rows in a microbatch, one example a row or several, the prompt once or K times.
 
-    Arrays have places for at least `microbatches`: where smaller batches keep the shape of the others, no further program
-    is compiled for them.
+    Arrays have places for at least `microbatches`: smaller batches then keep the shape of the others, and no further
+    program is compiled for them.
     """
 
     row_length: int
@@ -43,9 +43,9 @@ class Place(NamedTuple):
 
 
 def assign_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
-    """Rows of item indices by best-fit decreasing: each item goes where it leaves the least room. Ties go to the older row.
+    """Rows of item indices by best-fit decreasing: each item goes where it leaves the least room.
 
-    Every size is at most row_length. Items keep their order within a row.
+    Ties go to the older row. Every size is at most row_length. Items keep their order within a row.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
@@ -81,7 +81,7 @@ def bucket(n: int) -> int:
 
 def pack(
     examples: Sequence[Example], reference_logps: np.ndarray | None, packing: Packing
-) -> tuple[PackedBatch, list[Place]]:
+) -> tuple[HostBatch, list[Place]]:
     """Pack a batch of examples, all of K completions; reference_logps [N, K] (zeros where None) travels along.
 
     Returns the batch and the place of each example. Shapes are a function of the examples and the packing alone, so a
@@ -106,7 +106,7 @@ def pack(
     references = np.zeros((M * R, X, K), np.float32)
     places = [Place(0, 0, 0)] * len(examples)
     for r, row in enumerate(rows):
-        start, target, segment = 0, 0, 0
+        start, target, segment, last_prompt_token = 0, 0, 0, 0
         for x, i in enumerate(row):
             prompt, completions = examples[i].prompt, examples[i].completions
             P = len(prompt)
@@ -141,7 +141,7 @@ def pack(
     def split(array: np.ndarray) -> np.ndarray:
         return array.reshape(M, R, *array.shape[1:])
 
-    batch = PackedBatch(
+    batch = HostBatch(
         tokens=split(tokens),
         positions=split(positions),
         segments=split(segments),
@@ -151,14 +151,14 @@ def pack(
         target_slots=split(target_slots),
         lengths=split(lengths),
         reference_logps=split(references),
-        num_microbatches=np.int32(num_microbatches),
-        num_examples=np.int32(len(examples)),
-        num_tokens=np.int32(completion_lengths.sum()),
+        num_microbatches=np.array(num_microbatches, np.int32),
+        num_examples=np.array(len(examples), np.int32),
+        num_tokens=np.array(completion_lengths.sum(), np.int32),
     )
     return batch, places
 
 
-def padding_fraction(batch: PackedBatch) -> float:
+def padding_fraction(batch: HostBatch) -> float:
     """The share of computed places that hold no token, over the microbatches in use."""
     used = np.asarray(batch.segments)[: int(batch.num_microbatches)]
     return float(1.0 - np.count_nonzero(used) / used.size)

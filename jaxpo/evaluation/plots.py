@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from jaxpo import atomic
+
 Record = Mapping[str, float | int | None]
 
 INK, PALE = "#24292f", "#6e7781"
@@ -115,9 +117,7 @@ def write(records: Sequence[Record], folder: Path) -> list[Path]:
         figure.savefig(picture, format="png", dpi=160)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{plot.file}.png"
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(picture.getvalue())
-        partial.replace(path)
+        atomic.write_bytes(path, picture.getvalue())
         paths.append(path)
     return paths
 

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jaxpo import console
+from jaxpo import atomic, console
 
 Metrics = Mapping[str, float | int | None]
 
@@ -42,7 +42,7 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     if samples.exists():
         texts = json.loads(samples.read_text(encoding="utf-8"))
         show_samples(texts["prompts"], texts["before"], texts["after"])
-        _write(folder / "samples.md", samples_markdown(texts["prompts"], texts["before"], texts["after"]))
+        atomic.write_text(folder / "samples.md", samples_markdown(texts["prompts"], texts["before"], texts["after"]))
     if summary["after"]:
         console.console.print(comparison(summary["before"], summary["after"]))
     for line in _figures(summary):
@@ -133,9 +133,3 @@ def _plain(prompt: str) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

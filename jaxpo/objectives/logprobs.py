@@ -23,14 +23,14 @@ def token_scores(
 ) -> TokenScores:
     """Score labels [R, S] given the hidden states that predict them; head is [V, D], logits are float32.
 
-    Only the first `used` [] columns are computed, in chunks of `chunk` columns, which divides S; the rest is 0. The gradient
-    flows through logps. Nothing of size V outlives a chunk: the backward pass recomputes the logits from the saved
-    log-sum-exp, with dz = g (onehot(y) - softmax(z)), dh = dz W and dW = sum dz^T h.
+    Only the first `used` [] columns are computed, in chunks of `chunk` columns, which divides S; the rest is 0.
+
+    The gradient flows through logps. Nothing of size V outlives a chunk: the backward pass recomputes the logits from
+    the saved log-sum-exp, with dz = g (onehot(y) - softmax(z)), dh = dz W and dW = sum dz^T h.
     """
     if labels_RS.shape[1] % chunk:
         raise ValueError(f"chunk {chunk} does not divide {labels_RS.shape[1]} scored tokens")
-    logps, correct = _scores(chunk, hidden_RSD, head_VD, labels_RS, used)
-    return TokenScores(logps, correct)
+    return _scores(chunk, hidden_RSD, head_VD, labels_RS, used)
 
 
 def _columns(array: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
@@ -51,7 +51,7 @@ def _num_chunks(used: jax.Array, chunk: int) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scores(chunk, hidden_RSD, head_VD, labels_RS, used):
+def _scores(chunk, hidden_RSD, head_VD, labels_RS, used) -> TokenScores:
     return _scores_forward(chunk, hidden_RSD, head_VD, labels_RS, used)[0]
 
 
@@ -72,7 +72,7 @@ def _scores_forward(chunk, hidden_RSD, head_VD, labels_RS, used):
 
     zeros = jnp.zeros(labels_RS.shape, jnp.float32)
     logps_RS, correct_RS, lse_RS = lax.fori_loop(0, _num_chunks(used, chunk), body, (zeros, zeros, zeros))
-    return (logps_RS, correct_RS), (hidden_RSD, head_VD, labels_RS, used, lse_RS)
+    return TokenScores(logps_RS, correct_RS), (hidden_RSD, head_VD, labels_RS, used, lse_RS)
 
 
 def _scores_backward(chunk, saved, gradients):

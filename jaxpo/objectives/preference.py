@@ -16,8 +16,8 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 def pair_metrics(c: Completions, loss: jax.Array, beta: float) -> dict[str, Metric]:
     """The metrics of TRL's DPO trainer for pairs, from the loss [E] of each.
 
-    A pair whose two rewards are equal counts one half in `rewards/accuracies` (TRL counts it as wrong), so that a policy
-    that equals its reference stands at chance. `logps/accuracies` ranks by the policy's own log-probs, without reference.
+    A pair whose two rewards are equal counts one half in `rewards/accuracies` (TRL counts it as wrong), so that a
+    policy equal to its reference stands at chance. `logps/accuracies` ranks by the policy's own log-probs alone.
     `kl/*` is the mean log-ratio per token of the data's completions, an off-policy estimate that can be negative.
     """
     n = c.present.sum()

@@ -1,5 +1,6 @@
-"""From a decoder and packed rows to the log-prob sum of every completion: the one forward pass that training, evaluation
-and the reference table share.
+"""From a decoder and packed rows to the log-prob sum of every completion.
+
+This is the one forward pass that training, evaluation and the reference table share.
 
 Legend: R rows, T tokens, S scored tokens, X example slots, K completions, D hidden size.
 """
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpo.batch import PackedBatch
+from jaxpo.batch import DeviceBatch
 from jaxpo.models.attention import packed_attention
 from jaxpo.models.decoder import Decoder, Remat
 from jaxpo.objectives.logprobs import token_scores
@@ -33,9 +34,9 @@ def as_it_is(value: Any) -> Any:
 class Scorer:
     """The numerics of a forward pass.
 
-    compute_dtype: of matrix products. remat: see `ModelConfig`. chunk: scored tokens of a row that meet the head at once;
-    divides T. constrain: keeps [R, ...] activations sharded over the mesh's batch axes; gather: brings what the forward
-    pass needs whole together first.
+    compute_dtype: of matrix products. remat: see `ModelConfig`. chunk: scored tokens of a row that meet the head at
+    once; divides T. constrain: keeps [R, ...] activations sharded over the mesh's batch axes. gather: brings together
+    first what the forward pass needs whole.
     """
 
     compute_dtype: str
@@ -44,7 +45,7 @@ class Scorer:
     constrain: Callable[[jax.Array], jax.Array] = as_it_is
     gather: Callable[[Decoder], Decoder] = as_it_is
 
-    def __call__(self, decoder: Decoder, batch: PackedBatch) -> Scores:
+    def __call__(self, decoder: Decoder, batch: DeviceBatch) -> Scores:
         """Score one microbatch: the fields of `batch` without their M axis."""
 
         decoder = self.gather(decoder)
@@ -60,17 +61,18 @@ class Scorer:
         hidden_RSD = jnp.take_along_axis(self.constrain(hidden_RTD), batch.target_positions[..., None], axis=1)
         used = batch.lengths.sum(axis=(1, 2)).max()
         head_VD = decoder.head_matrix().astype(hidden_RTD.dtype)
+        R, X, K = batch.lengths.shape
         scores = token_scores(self.constrain(hidden_RSD), head_VD, batch.target_labels, used, self.chunk)
-        return Scores(*(self.constrain(sum_by_slot(s, batch.target_slots, batch.lengths.shape)) for s in scores))
+        return Scores(*(self.constrain(sum_by_slot(s, batch.target_slots, (R, X, K))) for s in scores))
 
 
-def microbatch(batch: PackedBatch, i: jax.Array) -> PackedBatch:
+def microbatch(batch: DeviceBatch, i: jax.Array) -> DeviceBatch:
     """Microbatch i of a batch: fields [M, R, ...] become [R, ...], the batch's totals stay."""
-    return PackedBatch(*(lax.dynamic_index_in_dim(f, i, keepdims=False) if jnp.ndim(f) > 1 else f for f in batch))
+    return DeviceBatch(*(lax.dynamic_index_in_dim(f, i, keepdims=False) if jnp.ndim(f) > 1 else f for f in batch))
 
 
 def sum_by_slot(values_RS: jax.Array, slots_RS: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """Sum values [R, S] into their slots [R, X, K]; a slot of X * K is none. No scatter: sums come in one fixed order."""
+    """Sum values [R, S] into their slots [R, X, K]; a slot of X * K is none. No scatter: sums have one fixed order."""
     R, X, K = shape
     member_RSN = slots_RS[..., None] == jnp.arange(X * K)
     return jnp.where(member_RSN, values_RS[..., None], 0.0).sum(axis=1).reshape(R, X, K)

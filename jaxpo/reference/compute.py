@@ -1,19 +1,24 @@
 """What the reference table holds, computed: packed forward passes over the data, a chunk of examples at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpo.batch import Example, PackedBatch
+from jaxpo.batch import DeviceBatch, Example, HostBatch
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.decoder import Decoder
 from jaxpo.objectives.score import Scorer, microbatch
 
 
-def score_batch(scorer: Scorer, decoder: Decoder, batch: PackedBatch) -> jax.Array:
+class Examples(Protocol):
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+def score_batch(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> jax.Array:
     """Log-prob sums [M, R, X, K] of every completion of a batch."""
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -24,10 +29,10 @@ def score_batch(scorer: Scorer, decoder: Decoder, batch: PackedBatch) -> jax.Arr
 
 def completion_logps(
     decoder: Decoder,
-    examples: Sequence[Example],
+    examples: Examples,
     scorer: Scorer,
     packing: Packing,
-    put: Callable[[PackedBatch], PackedBatch],
+    put: Callable[[HostBatch], DeviceBatch],
 ) -> Callable[[range], np.ndarray]:
     """A function from a range of example indices to their log-prob sums [n, K], in the examples' order.
 

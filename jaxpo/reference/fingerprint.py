@@ -7,15 +7,14 @@ token ids) and never names, paths or times.
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpo import atomic
 from jaxpo.console import progress, warn
 from jaxpo.errors import UserError
 
@@ -261,21 +260,5 @@ def _remember(memo: Path, settled: Mapping[Path, Any], hashes: Mapping[Path, dic
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write a JSON file that is there whole or not at all, whatever kills the process, and lasts once this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("x", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=indent, allow_nan=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        # Some network file systems cannot sync a folder; there the rename itself has to be trusted.
-        with suppress(OSError):
-            os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Write a JSON file whole or not at all; it lasts once this returns."""
+    atomic.write_text(path, json.dumps(value, indent=indent, allow_nan=False))

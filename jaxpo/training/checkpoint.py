@@ -1,10 +1,13 @@
 """Checkpoints through Orbax: written in the background, complete or absent, the last few and the best kept."""
 
+import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -26,6 +29,59 @@ def renamed(abstract: Any, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
 
 
+def checksum(array: jax.Array) -> jax.Array:
+    """A uint32 [] of the array's bits and their places, the same however it is sharded; one flipped bit changes it.
+
+    TensorStore checks the small parts of a checkpoint only: without this a flipped byte of a weight would go unnoticed.
+    """
+    bits = jax.lax.bitcast_convert_type(array, {4: jnp.uint32, 2: jnp.uint16}[array.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    # An odd factor modulo 2^32 can be undone, so no change of a single number cancels out.
+    return (bits * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+
+checksum_all = jax.jit(lambda arrays: {name: checksum(array) for name, array in arrays.items()})
+
+
+def checksums(arrays: dict[str, Any]) -> dict[str, int]:
+    """The checksum of every array."""
+    return {name: int(value) for name, value in jax.device_get(checksum_all(arrays)).items()}
+
+
+def seal(progress: dict[str, Any], sums: dict[str, int]) -> dict[str, Any]:
+    """What is written beside a state: the progress, the state's checksums, and a checksum of both."""
+    content = {"progress": progress, "checksums": sums}
+    return {**content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+
+
+def unseal(sealed: Any) -> tuple[dict[str, Any], dict[str, int]]:
+    """The inverse of `seal`. Raises ValueError or KeyError where it is not what was written."""
+    if sealed != seal(sealed["progress"], sealed["checksums"]):
+        raise ValueError("its progress was changed since it was written.")
+    return sealed["progress"], sealed["checksums"]
+
+
+def check_sums(arrays: dict[str, Any], sums: dict[str, int]) -> None:
+    """Raise ValueError unless the arrays are the ones whose checksums were written."""
+    damaged = [name for name, value in checksums(arrays).items() if sums[name] != value]
+    if damaged:
+        raise ValueError(f"{', '.join(damaged[:4])} changed since it was written.")
+
+
+def unreadable(folder: Path, error: Exception) -> UserError:
+    """The error for a checkpoint that reading failed on, with its first cause."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
+    return UserError(
+        f"checkpoint {folder} cannot be read: {reason.rstrip('.')}. Expected the state that this run saved there. If "
+        "the folder is damaged, delete it and start again: the run goes on from the checkpoint before it."
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run: a training state and a small JSON of progress at each saved step."""
 
@@ -36,7 +92,14 @@ class Checkpoints:
         if best_metric is not None:
             # Sorted by the metric, the last one is the best.
             down = config.best_mode == "min"
-            policies.append(BestN(lambda m: m[best_metric], down, n=1, keep_checkpoints_without_metrics=False))
+            policies.append(
+                BestN(
+                    get_metric_fn=lambda metrics: metrics[best_metric],
+                    reverse=down,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -62,7 +125,9 @@ class Checkpoints:
 
         A step whose `metrics` do not hold the best_metric, for it was not evaluated, is no candidate for the best.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(named(state)), progress=ocp.args.JsonSave(progress))
+        leaves = named(state)
+        sealed = seal(progress, checksums(leaves))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(sealed))
         value = metrics.get(self._best_metric) if self._best_metric is not None else None
         ranked = {self._best_metric: value} if value is not None and math.isfinite(value) else None
         try:
@@ -75,13 +140,11 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(named(abstract)), progress=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"checkpoint {self.path(step)} cannot be read: {str(error).splitlines()[0]} Expected the state that this "
-                "run saved there. If the folder is damaged, delete it and start again: the run goes on from the "
-                "checkpoint before it."
-            ) from error
-        return renamed(abstract, restored["state"]), restored["progress"]
+            progress, sums = unseal(restored["progress"])
+            check_sums(restored["state"], sums)
+        except Exception as error:  # orbax raises all kinds, Exception itself among them
+            raise unreadable(self.path(step), error) from error
+        return renamed(abstract, restored["state"]), progress
 
     def wait(self) -> None:
         """Return when all that was saved is on disk."""
@@ -95,20 +158,24 @@ class Checkpoints:
 
 
 def latest_step(run_folder: Path) -> int | None:
-    """The last step that a run has saved; nothing is written."""
+    """The last step that a run has saved, None before the first; nothing is written."""
     folder = run_folder / FOLDER
-    return ocp.utils.checkpoint_steps(folder.absolute())[-1] if folder.is_dir() else None
+    # The steps come in the order of the directory.
+    return max(ocp.utils.checkpoint_steps(folder.absolute()), default=None) if folder.is_dir() else None
 
 
 def restore_decoder(run_folder: Path, step: int, abstract: Decoder) -> Decoder:
     """The decoder saved at a step, on the shardings of `abstract`; the optimizer's state is not read."""
-    folder = (run_folder / FOLDER / str(step) / "state").absolute()
+    folder = (run_folder / FOLDER / str(step)).absolute()
     wanted = {f"decoder.{name}": leaf for name, leaf in named(abstract).items()}
     targets = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), wanted)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=targets, partial_restore=True)
-            restored = checkpointer.restore(folder, args=args)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder.parent} cannot be read: {str(error).splitlines()[0]}") from error
+            restored = checkpointer.restore(folder / "state", args=args)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            _, sums = unseal(checkpointer.restore(folder / "progress"))
+        check_sums(restored, sums)
+    except Exception as error:  # orbax raises all kinds, Exception itself among them
+        raise unreadable(folder, error) from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxpo import console
-from jaxpo.batch import PackedBatch
+from jaxpo.batch import DeviceBatch, HostBatch
 from jaxpo.data.loader import Corpus, in_order
 from jaxpo.data.pack import Packing
 from jaxpo.models.decoder import Decoder
@@ -20,8 +20,8 @@ def make_evaluation(
     reference_logps: np.ndarray | None,
     packing: Packing,
     batch_size: int,
-    step: Callable[[Decoder, PackedBatch], Metrics],
-    put: Callable[[PackedBatch], PackedBatch],
+    step: Callable[[Decoder, DeviceBatch], Metrics],
+    put: Callable[[HostBatch], DeviceBatch],
 ) -> Callable[[Decoder], Record]:
     """A function from a decoder to the objective's metrics over the whole corpus, each named `eval_…`."""
 

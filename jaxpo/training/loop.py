@@ -14,14 +14,14 @@ import jax
 import numpy as np
 import optax
 
-from jaxpo import console
-from jaxpo.batch import Metric, PackedBatch
+from jaxpo import atomic, console
+from jaxpo.batch import DeviceBatch, HostBatch
 from jaxpo.config import TrainingConfig
 from jaxpo.data.loader import Step
 from jaxpo.errors import UserError
 from jaxpo.models.decoder import Decoder
 from jaxpo.training.checkpoint import Checkpoints
-from jaxpo.training.metrics import Record, Sink, means, total
+from jaxpo.training.metrics import Record, Sink, Total, means, total
 from jaxpo.training.step import Metrics, StepResult, TrainState
 
 TERMINATED = 128 + signal.SIGTERM
@@ -31,8 +31,8 @@ TERMINATED = 128 + signal.SIGTERM
 class Progress:
     """What a resumed run must know besides its state; saved with each checkpoint.
 
-    places and tokens count row places computed and those that held a token. The `steady` figures leave out the first step
-    of each process, which compiles. window holds the metrics since the last logged line as [sum, weight].
+    places and tokens count row places computed and those that held a token. The `steady` figures leave out the first
+    step of each process, which compiles. window holds the metrics since the last logged line as [sum, weight].
     """
 
     examples: int = 0
@@ -76,15 +76,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Loop:
-    """All that the loop works with. `batches(first)` gives the steps from the first on; `example_id` names an example."""
+    """All that the loop works with. `batches(first)` gives the steps from `first` on; `example_id` names an example."""
 
     config: TrainingConfig
     folder: Path
     num_steps: int
     log_every: int
     steps_per_epoch: float
-    step: Callable[[TrainState, PackedBatch], tuple[TrainState, StepResult]]
-    put: Callable[[PackedBatch], PackedBatch]
+    step: Callable[[TrainState, DeviceBatch], tuple[TrainState, StepResult]]
+    put: Callable[[HostBatch], DeviceBatch]
     batches: Callable[[int], Iterator[Step]]
     example_id: Callable[[int], str]
     evaluate: Callable[[Decoder], Record] | None
@@ -175,7 +175,7 @@ def train(loop: Loop, state: TrainState, first: int, progress: Progress) -> Trai
     return state
 
 
-def count_places(batch: PackedBatch) -> tuple[int, int]:
+def count_places(batch: HostBatch) -> tuple[int, int]:
     """Tokens in the rows that a step computes, and places in those rows."""
     segments = np.asarray(batch.segments)[: int(batch.num_microbatches)]
     return int(np.count_nonzero(segments)), segments.size
@@ -183,16 +183,19 @@ def count_places(batch: PackedBatch) -> tuple[int, int]:
 
 def merge(progress: Progress, window: Sequence[Metrics]) -> None:
     """Add a list of metrics on the device to the open window on the host."""
-    known = {name: Metric(*map(np.float64, pair)) for name, pair in progress.window.items()}
-    progress.window = {name: [float(m.sum), float(m.weight)] for name, m in total([known, *window]).items()}
+    progress.window = {name: [*sums] for name, sums in total(window, open_window(progress)).items()}
+
+
+def open_window(progress: Progress) -> dict[str, Total]:
+    return {name: Total(*pair) for name, pair in progress.window.items()}
 
 
 def training_record(loop: Loop, n: int, result: StepResult, progress: Progress) -> Record:
     """The line of a logged step: means since the last one, and the state of the run."""
     return {
-        **means({name: Metric(*map(np.float64, pair)) for name, pair in progress.window.items()}),
+        **means(open_window(progress)),
         "grad_norm": float(jax.device_get(result.grad_norm)),
-        "learning_rate": float(loop.learning_rate(n - 1)),
+        "learning_rate": float(np.asarray(loop.learning_rate(n - 1))),
         "epoch": n / loop.steps_per_epoch,
         "num_tokens": progress.tokens,
         **progress.rates(),
@@ -217,16 +220,14 @@ def record(loop: Loop, n: int, line: Record) -> None:
 
 
 def check_finite(loop: Loop, n: int, step: Step, result: StepResult) -> None:
-    """Raise UserError if the loss or the gradient of step n is not finite; no checkpoint of its state was written yet."""
+    """Raise UserError if the loss or the gradient of step n is not finite; its state is in no checkpoint yet."""
     finite, grad_norm, loss = jax.device_get((result.finite, result.grad_norm, result.metrics["loss"]))
     if finite:
         return
     ids = [loop.example_id(i) for i in step.examples]
     details = loop.folder / "nonfinite.json"
     found = {"step": n, "loss": str(loss.sum / loss.weight), "grad_norm": str(grad_norm), "examples": ids}
-    partial = details.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(details)
+    atomic.write_text(details, json.dumps(found, indent=1, ensure_ascii=False))
     loop.checkpoints.wait()
     last = loop.checkpoints.latest()
     good = (
@@ -236,15 +237,15 @@ def check_finite(loop: Loop, n: int, step: Step, result: StepResult) -> None:
     )
     shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     raise UserError(
-        f"step {n} gave a loss of {found['loss']} and a gradient of norm {grad_norm}: expected finite numbers. Its examples "
-        f"are {shown} (all of them in {details}). {good}. Look at those examples, or lower optimizer.learning_rate or "
-        "training.max_grad_norm; the same command goes on from the last checkpoint."
+        f"step {n} gave a loss of {found['loss']} and a gradient of norm {grad_norm}: expected finite numbers. Its "
+        f"examples are {shown} (all of them in {details}). {good}. Look at those examples, or start in another "
+        "output_dir with a lower optimizer.learning_rate or training.max_grad_norm."
     )
 
 
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while inside; elsewhere SIGTERM ends the process, which loses nothing that was saved."""
+    """An event that SIGTERM sets while inside; elsewhere SIGTERM ends the process, and nothing saved is lost."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -1,4 +1,4 @@
-"""The device mesh and where arrays live on it: one table from logical axes to mesh axes, kept out of the model's code."""
+"""The device mesh and where arrays live on it: one table from logical to mesh axes, apart from the model's code."""
 
 import math
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ class Layout:
     def gather_embedding(self, decoder: Decoder) -> Decoder:
         """The decoder with an embedding that is whole along `embed`.
 
-        A lookup in a table split along `embed` leaves activations split along it, which the partitioner can only undo by
-        replicating them ("involuntary full rematerialization"); the table is the smaller thing to move.
+        A lookup in a table split along `embed` leaves activations split along it, which the partitioner can only undo
+        by replicating them ("involuntary full rematerialization"); the table is the smaller thing to move.
         """
         whole = NamedSharding(self.mesh, PartitionSpec(RULES["vocab"]))
 
@@ -89,8 +89,8 @@ class Layout:
     def place(self, config: DecoderConfig, abstract: Any) -> Any:
         """`abstract` (a pytree of shapes) with a sharding on every leaf.
 
-        A leaf that belongs to a parameter of the decoder, as in the optimizer's moments, lies where the parameter does; any
-        other is on every device.
+        A leaf that belongs to a parameter of the decoder, as in the optimizer's moments, lies where the parameter does;
+        any other is on every device.
         """
         decoder = abstract_decoder(config, jnp.float32)
         at = {

@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from jaxpo import atomic
 from jaxpo.batch import Metric
 from jaxpo.config import LoggingConfig, Run
 from jaxpo.config_file import as_mapping
@@ -17,19 +18,26 @@ FILE = "metrics.jsonl"
 Record = dict[str, float | int | None]
 
 
-def total(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
-    """The sum of metrics over steps or batches, on the host in float64."""
-    sums: dict[str, Metric] = {}
+class Total(NamedTuple):
+    """A `Metric` on the host, in float64."""
+
+    sum: float
+    weight: float
+
+
+def total(parts: Iterable[Mapping[str, Metric]], so_far: Mapping[str, Total] | None = None) -> dict[str, Total]:
+    """The sum of metrics over steps or batches, added to what there is so far."""
+    totals = dict(so_far or {})
     for part in jax.device_get(list(parts)):
         for name, metric in part.items():
-            so_far = sums.get(name, (0.0, 0.0))
-            sums[name] = cast(Metric, (so_far[0] + float(metric.sum), so_far[1] + float(metric.weight)))
-    return {name: Metric(*pair) for name, pair in sums.items()}
+            before = totals.get(name, Total(0.0, 0.0))
+            totals[name] = Total(before.sum + float(metric.sum), before.weight + float(metric.weight))
+    return totals
 
 
-def means(metrics: Mapping[str, Metric], prefix: str = "") -> Record:
+def means(metrics: Mapping[str, Total], prefix: str = "") -> Record:
     """Sum / weight of each metric, its name with a prefix; None where there was nothing to take the mean of."""
-    return {prefix + name: float(m.sum / m.weight) if m.weight else None for name, m in metrics.items()}
+    return {prefix + name: m.sum / m.weight if m.weight else None for name, m in metrics.items()}
 
 
 def read(folder: Path) -> list[Record]:
@@ -63,16 +71,14 @@ class Sink(Protocol):
 class JsonLines:
     """metrics.jsonl: a line per logged step, each flushed as it is written.
 
-    Opened at a step, it drops the lines after that step: a resumed run writes them again. Opened at step 0 it drops all,
-    for a run that begins writes the evaluation before the first step as well.
+    Opened at a step, it drops the lines after that step: a resumed run writes them again. Opened at step 0 it drops
+    all, for a run that begins writes the evaluation before the first step as well.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         kept = [r for r in read(folder) if (r["step"] or 0) <= step] if step else []
         path = folder / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        partial.replace(path)
+        atomic.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Record) -> None:
@@ -106,18 +112,18 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run that a resumed training goes on with: its id is derived from the run's folder."""
+    """A Weights & Biases run that a resumed training goes on with: its id is kept in the run's folder."""
 
     def __init__(self, folder: Path, run: Run) -> None:
         assert run.logging.wandb is not None
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  (an extra)
         except ImportError:
             raise UserError("logging.wandb is set, but wandb is not installed: pip install 'jaxpo[wandb]'.") from None
         settings = run.logging.wandb
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            atomic.write_text(id_file, wandb.util.generate_id())
         self._run: Any = wandb.init(
             project=settings.project,
             name=settings.name or folder.name,

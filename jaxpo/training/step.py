@@ -1,14 +1,14 @@
 """The train step and the evaluation step: pure functions of state and batch, one compiled program each."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxpo.batch import Completions, Metric, Objective, PackedBatch
+from jaxpo.batch import Completions, DeviceBatch, Metric, Objective
 from jaxpo.models.decoder import Decoder
 from jaxpo.objectives.score import Scorer, microbatch
 
@@ -32,7 +32,7 @@ class StepResult(NamedTuple):
 
 
 def microbatch_loss(
-    decoder: Decoder, batch: PackedBatch, objective: Objective, scorer: Scorer
+    decoder: Decoder, batch: DeviceBatch, objective: Objective, scorer: Scorer
 ) -> tuple[jax.Array, Metrics]:
     """A microbatch's share of the batch's loss, and its metrics."""
     scores = scorer(decoder, batch)
@@ -54,13 +54,13 @@ def add(a: Metrics, b: Metrics) -> Metrics:
     return jax.tree.map(jnp.add, a, b)
 
 
-def zeros_like_output(function: Callable, *args: object) -> object:
+def zeros_like_output(function: Callable, *args: Any) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *args))
 
 
 def make_train_step(
     objective: Objective, scorer: Scorer, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, PackedBatch], tuple[TrainState, StepResult]]:
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, StepResult]]:
     """The step: gradients of all microbatches added up, then one update.
 
     The number of microbatches is a run-time value, so one program serves every batch of the same shapes. Shares of the
@@ -68,7 +68,7 @@ def make_train_step(
     """
     gradient = jax.value_and_grad(lambda d, b: microbatch_loss(d, b, objective, scorer), has_aux=True)
 
-    def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepResult]:
+    def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepResult]:
         def accumulate(i: jax.Array, carry):
             loss, metrics, grads = carry
             (share, more), grad = gradient(state.decoder, microbatch(batch, i))
@@ -77,18 +77,19 @@ def make_train_step(
         (loss, metrics), grads = zeros_like_output(gradient, state.decoder, microbatch(batch, jnp.int32(0)))
         loss, metrics, grads = lax.fori_loop(0, batch.num_microbatches, accumulate, (loss, metrics, grads))
         grad_norm = optax.tree.norm(grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.decoder)
-        decoder = optax.apply_updates(state.decoder, updates)
+        params: Any = state.decoder
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
+        decoder: Any = optax.apply_updates(params, updates)
         result = StepResult(metrics, grad_norm, jnp.isfinite(loss) & jnp.isfinite(grad_norm))
         return TrainState(state.step + 1, decoder, optimizer_state), result
 
     return step
 
 
-def make_evaluation_step(objective: Objective, scorer: Scorer) -> Callable[[Decoder, PackedBatch], Metrics]:
+def make_evaluation_step(objective: Objective, scorer: Scorer) -> Callable[[Decoder, DeviceBatch], Metrics]:
     """The metrics of a batch, without gradients."""
 
-    def step(decoder: Decoder, batch: PackedBatch) -> Metrics:
+    def step(decoder: Decoder, batch: DeviceBatch) -> Metrics:
         def one(i: jax.Array) -> Metrics:
             return microbatch_loss(decoder, microbatch(batch, i), objective, scorer)[1]
 

@@ -24,22 +24,20 @@ def bench(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def refused(
-    bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[Case], None]:
+def refused(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Case], None]:
     """Try a case: it must be refused as it should, before a step is taken, and work once it is mended."""
 
     def step(*_: Any) -> None:
         raise AssertionError("a training step was taken")
 
     def check(case: Case) -> None:
-        lay(case, bench)
+        lay(case)
+        capsys.readouterr()
         with monkeypatch.context() as patched:
             patched.setattr("jaxpo.run.make_train_step", lambda *_: step)
             code = launch.main(case.arguments)
-        told = capsys.readouterr().err
-        # Warnings of jaxpo's may stand before the paragraph.
-        check_paragraph(case, told[told.rfind("error: ") :])
+        told = capsys.readouterr().err.splitlines(keepends=True)
+        check_paragraph(case, "".join(line for line in told if not line.startswith("warning: ")))
         assert code == 2
         if case.mended is None:
             return
@@ -53,10 +51,3 @@ def refused(
 
     return check
 
-
-def lay(case: Case, bench: Path) -> None:
-    """Make the good folder bad."""
-    if (CASES / case.name).is_dir():
-        shutil.copytree(CASES / case.name, bench, dirs_exist_ok=True)
-    if case.change is not None:
-        case.change(bench)

@@ -1,0 +1,233 @@
+"""Checkpoints: bit-exact, on any mesh, the last few and the best kept, damage told and never trained on."""
+
+import gc
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpo.config import MeshConfig, OptimizerConfig, TrainingConfig
+from jaxpo.errors import UserError
+from jaxpo.models.decoder import Decoder, abstract_decoder
+from jaxpo.training.checkpoint import FOLDER, Checkpoints, checksum, latest_step, restore_decoder
+from jaxpo.training.loop import Progress
+from jaxpo.training.mesh import Layout, make_mesh
+from jaxpo.training.optimizer import make_optimizer
+from jaxpo.training.step import TrainState
+
+
+def layout(data: int, fsdp: int, tensor: int) -> Layout:
+    return Layout(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor)))
+
+
+def abstract_state(at: Layout, decoder: Decoder) -> TrainState:
+    shapes = abstract_decoder(decoder.config, jnp.float32)
+    optimizer = make_optimizer(OptimizerConfig(), decoder.config, 10, 1.0)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    return at.place(decoder.config, state)
+
+
+@pytest.fixture(scope="module")
+def abstract(small_decoder: Decoder) -> TrainState:
+    return abstract_state(layout(2, 2, 2), small_decoder)
+
+
+@pytest.fixture(scope="module")
+def state(abstract: TrainState) -> TrainState:
+    """Random numbers everywhere, odd ones among them, on a mesh of (2, 2, 2)."""
+    rng = np.random.default_rng(0)
+
+    def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        values = rng.normal(size=leaf.shape) * 10.0 ** rng.integers(-30, 30, leaf.shape)
+        values = np.asarray(values if leaf.dtype == jnp.float32 else 7, leaf.dtype)
+        if values.size > 4:
+            values.flat[:4] = [-0.0, np.float32(1e-45), np.inf, np.nan]
+        return jax.device_put(values, leaf.sharding)
+
+    return jax.tree.map(random, abstract)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def save(folder: Path, state: Any, steps: dict[int, dict[str, Any]], **config: Any) -> None:
+    with Checkpoints(folder, TrainingConfig(**config)) as checkpoints:
+        for step, metrics in steps.items():
+            checkpoints.save(step, state, asdict(Progress(examples=step)), metrics)
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in (folder / FOLDER).iterdir() if p.name.isdecimal())
+
+
+def test_a_state_comes_back_bit_for_bit_on_its_mesh_and_on_another(
+    tmp_path: Path, state: TrainState, abstract: TrainState, small_decoder: Decoder
+) -> None:
+    progress = Progress(examples=24, tokens=999, seconds={"train": 0.1 + 0.2}, window={"loss": [1 / 3, 7.0]})
+    with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+        checkpoints.save(3, state, asdict(progress), {})
+        checkpoints.wait()
+        assert checkpoints.latest() == 3
+    for wanted in (abstract, abstract_state(layout(1, 8, 1), small_decoder), abstract_state(layout(8, 1, 1), small_decoder)):
+        with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+            restored, saved = checkpoints.restore(3, wanted)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        assert same_bits(restored, state)
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, wanted)
+        assert Progress(**saved) == progress
+
+
+def test_the_decoder_comes_back_alone(tmp_path: Path, state: TrainState, small_decoder: Decoder) -> None:
+    save(tmp_path, state, {5: {}})
+    wanted = abstract_state(layout(1, 8, 1), small_decoder).decoder
+    restored = restore_decoder(tmp_path, 5, wanted)
+    assert same_bits(restored, state.decoder)
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, wanted)
+
+
+SMALL = {"x": jnp.arange(6.0), "n": jnp.int32(3)}
+
+
+def test_the_last_few_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, SMALL, {n: {} for n in (8, 9, 10, 11, 100)}, keep_checkpoints=3)
+    assert steps_on_disk(tmp_path) == [10, 11, 100]
+    assert latest_step(tmp_path) == 100
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
+def test_the_best_is_kept_besides(tmp_path: Path, mode: str, best: int) -> None:
+    """Steps without the metric, or with one that is not finite, are no candidates."""
+    accuracies = {1: 0.5, 2: 0.9, 3: 0.2, 4: 0.6, 5: None, 6: np.nan, 7: 0.7}
+    steps = {n: {"loss": 1.0} if a is None else {"loss": 1.0, "eval_accuracy": a} for n, a in accuracies.items()}
+    config = {"keep_checkpoints": 2, "best_metric": "eval_accuracy", "best_mode": mode}
+    save(tmp_path, SMALL, steps, **config)
+    assert steps_on_disk(tmp_path) == [best, 6, 7]
+    with Checkpoints(tmp_path, TrainingConfig(**config)) as checkpoints:
+        assert checkpoints.best() == best
+        assert checkpoints.latest() == 7
+
+
+def test_before_the_first_checkpoint_there_is_none(tmp_path: Path) -> None:
+    assert latest_step(tmp_path) is None
+    with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+        assert checkpoints.latest() is None
+    assert latest_step(tmp_path) is None
+
+
+def test_a_checkpoint_that_was_cut_off_by_a_kill_does_not_count(tmp_path: Path) -> None:
+    """Orbax writes under another name and renames at the end; what a kill leaves behind is cleared away."""
+    save(tmp_path, SMALL, {1: {}})
+    left = tmp_path / FOLDER / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / FOLDER / "1", left)
+    (left / "commit_success.txt").unlink(missing_ok=True)
+    assert latest_step(tmp_path) == 1
+    with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, SMALL, {}, {})
+        checkpoints.wait()
+    assert steps_on_disk(tmp_path) == [1, 2]
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+def test_a_checksum_sees_any_flipped_bit_and_any_exchange(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    values = np.asarray(rng.normal(size=(3, 5)) * 100, dtype)
+    sums = {int(checksum(jnp.asarray(values)))}
+    raw = np.frombuffer(values.tobytes(), np.uint8)
+    for bit in range(raw.size * 8):
+        flipped = raw.copy()
+        flipped[bit // 8] ^= 1 << bit % 8
+        sums.add(int(checksum(jnp.asarray(np.frombuffer(flipped.tobytes(), dtype).reshape(3, 5)))))
+    assert len(sums) == raw.size * 8 + 1
+    assert int(checksum(jnp.asarray(values[::-1]))) not in sums
+    assert int(checksum(jnp.asarray(np.roll(values, 1, axis=1)))) not in sums
+
+
+def test_a_checksum_does_not_depend_on_the_sharding() -> None:
+    at = layout(2, 2, 2)
+    values = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    whole, split = jax.device_put(values, at.replicated), jax.device_put(values, at.parameter((16, 8), ("vocab", "embed")))
+    assert int(jax.jit(checksum)(split)) == int(jax.jit(checksum)(whole)) == int(checksum(jnp.asarray(values)))
+
+
+BIG = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32), "n": jnp.int32(3)}
+
+
+def damaged(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        at = int(len(content) * float(how))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+
+
+# Orbax's readers that had not begun yet are left over when one fails; they are collected inside the test.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["missing", "cut", "0.2", "0.5", "0.8"])
+def test_damage_is_an_error_that_names_the_checkpoint_or_does_no_harm(tmp_path: Path, how: str) -> None:
+    """Every file of a checkpoint in turn; at least those of the weights and of the progress must be missed."""
+    save(tmp_path / "good", BIG, {1: {}, 2: {}})
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), BIG)
+    source = tmp_path / "good" / FOLDER / "2"
+    told = []
+    for n, path in enumerate(sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file())):
+        run = tmp_path / str(n)
+        shutil.copytree(tmp_path / "good", run)
+        damaged(run / FOLDER / "2" / path, how)
+        with Checkpoints(run, TrainingConfig()) as checkpoints:
+            try:
+                restored, progress = checkpoints.restore(2, wanted)
+            except UserError as error:
+                assert str(error).startswith(f"checkpoint {run / FOLDER / '2'} cannot be read: ")
+                assert "\n" not in str(error)
+                told.append(path)
+            else:
+                assert same_bits(restored, BIG), path
+                assert progress == asdict(Progress(examples=2)), path
+            assert same_bits(checkpoints.restore(1, wanted)[0], BIG)
+    gc.collect()
+    assert any(p.parts[:1] == ("progress",) for p in told)
+    assert any(p.parts[:1] == ("state",) and "d" in p.parts for p in told)
+
+
+def test_a_changed_weight_is_named_when_the_decoder_is_read_alone(
+    tmp_path: Path, state: TrainState, small_decoder: Decoder
+) -> None:
+    save(tmp_path, state, {5: {}})
+    largest = max((p for p in (tmp_path / FOLDER / "5").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    damaged(largest, "0.4")
+    with pytest.raises(UserError, match=f"checkpoint {tmp_path / FOLDER / '5'} cannot be read"):
+        for name in ("restore_decoder", "whole"):
+            wanted = abstract_state(layout(1, 8, 1), small_decoder)
+            if name == "whole":
+                with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+                    checkpoints.restore(5, wanted)
+            else:
+                restore_decoder(tmp_path, 5, wanted.decoder)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
+    save(tmp_path, SMALL, {1: {}})
+    with Checkpoints(tmp_path, TrainingConfig()) as checkpoints, pytest.raises(UserError, match="cannot be read"):
+        checkpoints.restore(1, {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+        shutil.rmtree(tmp_path / FOLDER)
+        (tmp_path / FOLDER).write_text("in the way")
+        with pytest.raises(UserError, match="could not be written"):
+            checkpoints.save(1, SMALL, {}, {})
+            checkpoints.wait()
