@@ -112,8 +112,8 @@ def check_positions(corpus: Corpus, checkpoint: Checkpoint) -> None:
     if isinstance(positions, Learned) and lengths[longest] > positions.max_positions:
         raise UserError(
             f"example {corpus[longest].id} is {lengths[longest]} tokens long with its longest completion, but the "
-            f"model in {checkpoint.folder} has {positions.max_positions} positions. Expected a data.max_length of at most "
-            f"{positions.max_positions}."
+            f"model in {checkpoint.folder} has {positions.max_positions} positions. Expected a data.max_length of at "
+            f"most {positions.max_positions}."
         )
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-CASES = Path(__file__).with_name("cases")
+FOLDER = Path(__file__).with_name("cases")
+CASES = {f"{folder.parent.name}/{folder.name}" for folder in FOLDER.glob("*/*")}
 
 CONFIG = """\
 model: {path: llama, compute_dtype: float32, remat: none}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import CASES, CONFIG, Case, check_paragraph
+from bench import CASES, CONFIG, FOLDER, Case, check_paragraph
 
 from jaxpo import launch
 
@@ -24,7 +24,22 @@ def bench(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def refused(bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[Case], None]:
+def lay(bench: Path) -> Callable[[Case], None]:
+    """Make the good folder bad."""
+
+    def make(case: Case) -> None:
+        if case.name in CASES:
+            shutil.copytree(FOLDER / case.name, bench, dirs_exist_ok=True)
+        if case.change is not None:
+            case.change(bench)
+
+    return make
+
+
+@pytest.fixture
+def refused(
+    bench: Path, lay: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Case], None]:
     """Try a case: it must be refused as it should, before a step is taken, and work once it is mended."""
 
     def step(*_: Any) -> None:
