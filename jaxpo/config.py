@@ -3,6 +3,7 @@
 The docstring of each class says what its fields mean; a field's default is what a config that leaves it out gets.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 AxisSize = Annotated[int, Field(ge=-1)]
+# jax keeps 32 bits of a seed: a larger one would be another's equal.
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Dtype = Literal["float32", "bfloat16"]
 Named = Annotated[str, Field(min_length=1)]
 Format = Literal[
@@ -131,7 +134,7 @@ class TrainingConfig:
     keep_checkpoints: PositiveInt = 3
     best_metric: Named | None = None
     best_mode: Literal["min", "max"] = "max"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     max_grad_norm: PositiveFloat | None = 1.0
 
 
@@ -249,6 +252,33 @@ def check(run: Run) -> list[Mistake]:
     return [*mistakes, *_check_single(run, (), earlier)]
 
 
+def paths(run: Run) -> dict[str, str]:
+    """What a run's keys name on disk, or may name there, by key; of its stages nothing."""
+    sources = {"train": run.data.train, "eval": run.data.eval}
+    named = {
+        "output_dir": run.output_dir,
+        "model.path": run.model.path,
+        **{f"data.{split}.{i}.path": one.path for split, listed in sources.items() for i, one in enumerate(listed)},
+        "data.chat_template": run.data.chat_template,
+        "data.cache_dir": run.data.cache_dir,
+        "reference.cache_dir": run.reference.cache_dir,
+        "reference.path": run.reference.path,
+    }
+    return {key: str(path) for key, path in named.items() if path is not None}
+
+
+def path_problem(path: str) -> str | None:
+    """Why no file system takes a path, as a message that follows its key; None if it may be one."""
+    shown = path if len(path) <= 60 else f"{path[:57]}…"
+    try:
+        parts = Path(path).expanduser().parts
+    except RuntimeError:
+        return f'is "{shown}", the home of a user whom this machine does not know; expected a path'
+    if max(map(len, map(os.fsencode, parts)), default=0) > 255:
+        return f'is "{shown}", which is too long for the name of a file; expected a path'
+    return None
+
+
 def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterator[Mistake]:
     """The mistakes within one run, which may start from `stages`; `place` is the path of the run itself."""
 
@@ -257,6 +287,9 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
         return Mistake(path, f"{'.'.join(path)} {text}")
 
     model, data, reference, training, optimizer = run.model, run.data, run.reference, run.training, run.optimizer
+    for key, path in paths(run).items():
+        if problem := path_problem(path):
+            yield mistake(key, problem)
     if model.path is None and model.scratch is None:
         yield mistake("model", "has neither path nor scratch; expected one of them")
     if model.path is not None and model.scratch is not None:
@@ -276,19 +309,18 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
 
     if not data.train:
         yield mistake("data.train", "is empty; expected a list of at least one source, such as {path: my-pairs.jsonl}")
-    for split, sources in (("train", data.train), ("eval", data.eval)):
-        weighted = [source.weight is not None for source in sources]
-        if any(weighted) and not all(weighted):
-            text = f"is missing where other sources have one; expected a weight for all of data.{split} or for none"
-            yield mistake(f"data.{split}.{weighted.index(False)}.weight", text)
+    weighted = [source.weight is not None for source in data.train]
+    if any(weighted) and not all(weighted):
+        text = "is missing where other sources have one; expected a weight for all of data.train or for none"
+        yield mistake(f"data.train.{weighted.index(False)}.weight", text)
+    for i, source in enumerate(data.eval):
+        if source.weight is not None:
+            text = "has no effect: every example of data.eval is evaluated, once; leave it out"
+            yield mistake(f"data.eval.{i}.weight", text)
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         text = f"is {data.max_prompt_length}; expected less than data.max_length, {data.max_length}, "
         yield mistake("data.max_prompt_length", text + "which has to hold a prompt and its completion")
 
-    if training.row_length < data.max_length:
-        text = f"is {training.row_length}; expected at least data.max_length, {data.max_length}: "
-        text += "a packed row holds whole examples, and a prompt with one completion may be that long"
-        yield mistake("training.row_length", text)
     if training.eval_every is not None and not data.eval:
         text = f"is {training.eval_every} but data.eval is empty; expected data to evaluate"
         yield mistake("training.eval_every", text)
@@ -297,6 +329,8 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
         yield mistake("training.best_metric", text)
     if training.best_metric is not None and not data.eval:
         yield mistake("training.best_metric", "needs an evaluation but data.eval is empty; expected data to evaluate")
+    if training.best_metric is None and training.best_mode != "max":
+        yield mistake("training.best_mode", "has no effect without training.best_metric; leave it out")
     if run.export.checkpoint == "best" and training.best_metric is None:
         yield mistake("export.checkpoint", "is best but training.best_metric is not set; expected a metric to judge by")
 

@@ -150,6 +150,8 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     """The value of a scalar; ValueError, a message to follow the key, where there is none."""
     text, kind = node.value, node.tag.removeprefix(_TAG)
     if kind == "str":
+        if "\0" in text:
+            raise ValueError(f"is {text!r}, which holds a NUL character; expected text")
         try:
             return text.encode().decode()
         except UnicodeEncodeError:
@@ -231,7 +233,11 @@ class _Tree:
                 bases = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 for base in bases:
                     found = self.value(base, path, override)
-                    merged = {**found, **merged} if isinstance(found, dict) else merged
+                    if isinstance(found, dict):
+                        merged = {**found, **merged}
+                    else:
+                        text = f"{_dotted((*path, '<<'))} is {_found(found)}; expected a mapping to merge"
+                        self.mistakes.append((place, (*path, "<<"), text))
                 continue
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
                 shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
@@ -379,7 +385,7 @@ def _expected(node: Schema) -> str:
     match node.get("type"):
         case "integer" | "number" as kind:
             signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-            bounds = " and ".join(f"{sign} {node[bound]:g}" for bound, sign in signs.items() if bound in node)
+            bounds = " and ".join(f"{sign} {node[bound]:.12g}" for bound, sign in signs.items() if bound in node)
             return f"{'an integer' if kind == 'integer' else 'a number'} {bounds}".strip()
         case "boolean":
             return "true or false"

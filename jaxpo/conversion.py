@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from jaxpo import config_file, console
-from jaxpo.config import MeshConfig
+from jaxpo.config import MeshConfig, path_problem
 from jaxpo.errors import UserError
 from jaxpo.models import native
 from jaxpo.models.checkpoint import SMALL_FILES, Checkpoint, read_checkpoint
@@ -21,6 +21,7 @@ from jaxpo.training.mesh import Layout, make_mesh
 
 def from_hf(source: str, out: Path) -> None:
     """Make jaxpo's own checkpoint, a folder that model.path may name, of a Hugging Face folder or hub id."""
+    check_paths(source, out)
     checkpoint = read_checkpoint(source)
     if checkpoint.native:
         raise UserError(f"{source} is in jaxpo's own format already; expected a Hugging Face checkpoint.")
@@ -32,6 +33,7 @@ def from_hf(source: str, out: Path) -> None:
 
 def to_hf(source: Path, out: Path, dtype: str | None) -> None:
     """Make a Hugging Face folder of a run (its last checkpoint), of a checkpoint in it, or of jaxpo's own format."""
+    check_paths(str(source), out)
     if native.is_native(source) and (source / "config.json").exists():
         checkpoint = read_checkpoint(source)
         stored = native.stored_dtype(source)
@@ -52,6 +54,13 @@ def to_hf(source: Path, out: Path, dtype: str | None) -> None:
         generation_config=checkpoint.generation_config,
     )
     console.say(f"Hugging Face checkpoint  {out}")
+
+
+def check_paths(source: str, out: Path) -> None:
+    """Raise UserError for what no file system takes."""
+    for name, path in (("PATH", source), ("OUT", str(out))):
+        if problem := path_problem(path):
+            raise UserError(f"{name} {problem}.")
 
 
 def find_step(source: Path) -> tuple[Path, int]:

@@ -1,6 +1,8 @@
 """From a config to the parts of a run: the model's checkpoint, the tokenised data, the mesh, the reference table."""
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxpo import console
+from jaxpo import atomic, config_file, console
 from jaxpo.batch import DeviceBatch, HostBatch
 from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
 from jaxpo.data import dataset, formats, sources
@@ -28,10 +30,12 @@ from jaxpo.objectives.score import Scorer, head_chunk
 from jaxpo.reference.compute import completion_logps
 from jaxpo.reference.fingerprint import table_key, weights_fingerprint
 from jaxpo.reference.store import fill
+from jaxpo.training.checkpoint import latest_step
 from jaxpo.training.mesh import Layout, make_mesh
 
-# Where in a run's folder a model from scratch is made.
+# Where in a run's folder a model from scratch is made, and the file in it that says what it was made of.
 INIT = "init"
+MADE_OF = "made_of.json"
 # Fields of a decoder's config that shape new weights only, not what given weights compute.
 INITIAL_ONLY = ("std", "residual_std")
 
@@ -99,6 +103,7 @@ def prepare(run: Run, folder: Path) -> Parts:
     for one in parts.corpora:
         one.check_fits(packing)
         check_positions(one, checkpoint)
+        check_vocabulary(one, tokenizer, checkpoint)
     rows = np.ceil(training.batch_size * parts.train.mean_size(packing) / packing.row_length)
     usual = bucket(int(np.ceil(rows / packing.rows)))
     return dataclasses.replace(parts, packing=dataclasses.replace(packing, microbatches=usual))
@@ -117,6 +122,21 @@ def check_positions(corpus: Corpus, checkpoint: Checkpoint) -> None:
         )
 
 
+def check_vocabulary(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, checkpoint: Checkpoint) -> None:
+    """Raise UserError if an example has a token that the model has no embedding for: jax would read another's."""
+    size = checkpoint.decoder_config.vocab_size
+    if max(tokenizer.get_vocab().values()) < size:
+        return
+    for example in corpus:
+        largest = max(int(part.max(initial=0)) for part in (example.prompt, *example.completions))
+        if largest >= size:
+            raise UserError(
+                f"example {example.id} holds the token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), but "
+                f"the model in {checkpoint.folder} has embeddings for {size} tokens (vocab_size). Expected the "
+                "tokenizer that the model was trained with."
+            )
+
+
 def corpus(run: Run, wanted: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerFast) -> Corpus:
     """Tokenised sources, each from the cache or made now."""
     K = run.objective.num_completions
@@ -127,14 +147,33 @@ def corpus(run: Run, wanted: tuple[DataSource, ...], tokenizer: PreTrainedTokeni
 
 
 def initial_model(run: Run, folder: Path) -> str:
-    """The folder or hub id of the weights to start from; a model from scratch is made in `folder`/init, once."""
+    """The folder or hub id of the weights to start from; a model from scratch is made in `folder`/init.
+
+    It is made once, and again only if the run describes another one now, before the first step that is saved.
+    """
     if run.model.scratch is None:
         assert run.model.path is not None
         return run.model.path
-    made = folder / INIT
+    made, described = folder / INIT, description(run)
+    if made.exists() and not ((made / MADE_OF).exists() and (made / MADE_OF).read_text(encoding="utf-8") == described):
+        if latest_step(folder) is not None:
+            raise UserError(
+                f"{made} holds a model that was made otherwise than model.scratch, model.dtype, training.seed and "
+                "data.train say now, and a run has been trained from it; expected another output_dir."
+            )
+        shutil.rmtree(made)
     if not made.exists():
         make_from_scratch(run, run.model, run.model.scratch, made)
+        atomic.write_text(made / MADE_OF, described)
     return str(made)
+
+
+def description(run: Run) -> str:
+    """All that a run says of its model from scratch, as JSON."""
+    said = config_file.as_mapping(run)
+    parts = {"scratch": said["model"]["scratch"], "dtype": run.model.dtype, "seed": run.training.seed}
+    parts |= {"train": said["data"]["train"], "num_completions": run.objective.num_completions}
+    return json.dumps(parts, sort_keys=True, indent=1)
 
 
 def make_from_scratch(run: Run, model: ModelConfig, scratch: Scratch, folder: Path) -> None:
@@ -197,6 +236,9 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
         return References(None, None, 0, 0)
     path = run.reference.path
     checkpoint = parts.checkpoint if path is None else read_checkpoint(path, run.reference.revision)
+    for one in parts.corpora:
+        check_positions(one, checkpoint)
+        check_vocabulary(one, parts.tokenizer, checkpoint)
     cache_dir = run.reference.cache_dir.expanduser()
     weights = weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
     decoder_config = dataclasses.asdict(checkpoint.decoder_config)

@@ -28,7 +28,7 @@ from jaxpo.models.export import export
 from jaxpo.models.generate import greedy
 from jaxpo.prepare import INIT, Parts, References, at_stage, prepare, references
 from jaxpo.training import loop, metrics
-from jaxpo.training.checkpoint import Checkpoints
+from jaxpo.training.checkpoint import Checkpoints, latest_step
 from jaxpo.training.evaluate import PREFIX, make_evaluation
 from jaxpo.training.loop import Loop, Progress
 from jaxpo.training.metrics import Record
@@ -61,6 +61,8 @@ FREE = (
 
 def train(run: Run) -> Path:
     """Do the stages of a run that are not done yet, then the run itself; returns its folder."""
+    for one in (*run.stages.values(), run):
+        metrics.check_installed(one.logging)
     folder = place_of(run)
     with claim(folder, run):
         for name, stage in run.stages.items():
@@ -138,7 +140,7 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
 
 
 def check_same_run(folder: Path, run: Run) -> None:
-    """Raise UserError if the folder holds something else than this run: nothing is overwritten."""
+    """Raise UserError if the folder holds something else than this run: nothing that was learnt is overwritten."""
     if not (folder / CONFIG).exists():
         names = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, "stages"))
         # A run that was killed while it wrote its config has left the half of it under such a name.
@@ -149,7 +151,16 @@ def check_same_run(folder: Path, run: Run) -> None:
                 "expected a new or empty folder."
             )
         return
-    before = flat(config_file.as_mapping(config_file.load(folder / CONFIG)))
+    written = config_file.load(folder / CONFIG)
+    if not (folder / SUMMARY).exists() and latest_step(folder) is None:
+        # A run that has come to nothing yet, because of a mistake in its config perhaps, may begin anew.
+        if config_file.dump(written) != (folder / CONFIG).read_text(encoding="utf-8"):
+            raise UserError(
+                f"output_dir {folder} holds a {CONFIG} that no run of jaxpo wrote, and it would be overwritten; "
+                "expected a new or empty folder."
+            )
+        return
+    before = flat(config_file.as_mapping(written))
     now = flat(config_file.as_mapping(run))
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
@@ -192,6 +203,11 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     run, config, training = parts.run, parts.checkpoint.decoder_config, parts.run.training
     epoch = len(loader.epoch_order(parts.train, run.data.shuffle, training.seed))
     steps = loader.num_steps(epoch, training.batch_size, training.num_epochs, training.max_steps)
+    if (warmup := run.optimizer.warmup_steps) is not None and warmup >= steps:
+        raise UserError(
+            f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps; expected less: the warmup would never "
+            "end."
+        )
     optimizer = make_optimizer(run.optimizer, config, steps, training.max_grad_norm)
     first = checkpoints.latest() or 0
     loaded: list[Decoder] = []
@@ -278,10 +294,20 @@ def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
         return
     answers = greedy(decoder, prompts, run.samples.max_new_tokens, eos_ids(parts), run.model.compute_dtype)
     path = folder / SAMPLES
-    so_far = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    so_far = read_samples(path)
     so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
     so_far[when] = [parts.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
     atomic.write_text(path, json.dumps(so_far, indent=1, ensure_ascii=False))
+
+
+def read_samples(path: Path) -> dict[str, Any]:
+    """What samples.json holds so far."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}. Expected a JSON object; move the file away.") from error
 
 
 def eos_ids(parts: Parts) -> frozenset[int]:

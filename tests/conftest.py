@@ -46,7 +46,7 @@ def _lacking(what: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what a run of seconds needs: dpo.yaml and sft.yaml, their rows, and llama/, a model of random weights.
+    """A folder with what a run of seconds needs: dpo.yaml and sft.yaml, their rows, and llama/, a random model.
 
     The configs have every key but output_dir; tests give that, and what else they want otherwise, as overrides.
     """
@@ -83,7 +83,7 @@ TINY_LLAMA = {
 
 
 def make_tiny(folder: Path) -> None:
-    """Write the folder of `tiny`. 80 pairs to train on make two chunks of the reference table: a kill can fall between."""
+    """Write the folder of `tiny`. 80 pairs make two chunks of the reference table, so that a kill can come between."""
     from jaxpo.data import world
     from jaxpo.data.tokenizer import train_tokenizer
     from jaxpo.models.export import export

@@ -302,9 +302,11 @@ BETWEEN_KEYS = [
     (["output_dir=null"], "output_dir is missing"),
     (["data.train=[]"], "data.train is empty; expected a list of at least one source"),
     (["data.train=[{path: a, weight: 1}, {path: b}]"], "data.train.1.weight is missing where other sources have one"),
-    (["data.eval=[{path: b}, {path: a, weight: 1}]"], "data.eval.0.weight is missing where other sources have one"),
+    (["data.eval=[{path: b}, {path: a, weight: 1}]"], "data.eval.1.weight has no effect"),
+    (["training.best_mode=min"], "training.best_mode has no effect without training.best_metric"),
+    (["output_dir=~nobody-here/x"], 'output_dir is "~nobody-here/x", the home of a user whom'),
+    (["data.cache_dir=" + "x" * 256], "which is too long for the name of a file"),
     (["data.max_prompt_length=512"], "data.max_prompt_length is 512; expected less than data.max_length, 512"),
-    (["training.row_length=511"], "training.row_length is 511; expected at least data.max_length, 512"),
     (["data.eval=[]", "training.eval_every=5"], "training.eval_every is 5 but data.eval is empty"),
     (["training.best_metric=loss"], 'training.best_metric is "loss"; expected a metric of the evaluation'),
     (
@@ -333,7 +335,7 @@ def test_keys_that_contradict_each_other(file: Path, overrides: list[str], expec
 def test_settings_that_look_odd_but_make_sense(file: Path):
     load(file, GOOD, "data.eval=[]", "samples.prompts=4")
     load(file, GOOD, "optimizer.learning_rate=3.0")
-    load(file, GOOD, "training.row_length=512", "data.max_prompt_length=511")
+    load(file, GOOD, "training.row_length=256", "data.max_prompt_length=511")
     load(file, GOOD, "training.best_metric=eval_loss", "training.best_mode=min", "export.checkpoint=best")
     load(file, GOOD, "mesh={data: 2, fsdp: 2, tensor: 2}")
     load(file, GOOD, "reference.path=org/other", "reference.revision=main")

@@ -6,12 +6,13 @@ once, and gets EOS.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
@@ -25,6 +26,25 @@ from jaxpo.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Arguments of transformers' apply_chat_template, and of Jinja's render, that no row may set.
+_SETTINGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
 # Templates that write today's date would make other tokens every day; Llama 3's own default date takes its place.
 FIXED_DATE = datetime(2024, 7, 26)
 _DATE_CODES = ("%-d", "%-m", *(f"%{code}" for code in "aAbBdeHIjmMpSyY"))
@@ -36,8 +56,13 @@ _FIXED_STRFTIME = (
 )
 
 
-def resolve_template(tokenizer: "PreTrainedTokenizerFast", chat_template: str | None) -> str | None:
-    """The Jinja source in force: `data.chat_template` (built-in name or file), else the tokenizer's own, else None."""
+def resolve_template(
+    tokenizer: "PreTrainedTokenizerFast", chat_template: str | None, key: str = "data.chat_template"
+) -> str | None:
+    """The Jinja source in force: `chat_template` (built-in name or file), else the tokenizer's own, else None.
+
+    `key` is the config's name for `chat_template`.
+    """
     if chat_template is None:
         own = tokenizer.chat_template
         if isinstance(own, dict):
@@ -55,10 +80,10 @@ def resolve_template(tokenizer: "PreTrainedTokenizerFast", chat_template: str | 
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data.chat_template: {chat_template} cannot be read as text: {error}.") from error
+            raise UserError(f"{key}: {chat_template} cannot be read as text: {error}.") from error
     near = get_close_matches(chat_template, TEMPLATES, n=1)
     raise UserError(
-        f"data.chat_template is {chat_template!r}, which is neither a file nor a built-in name "
+        f"{key} is {chat_template!r}, which is neither a file nor a built-in name "
         f"({', '.join(TEMPLATES)})." + (f" Did you mean {near[0]}?" if near else "")
     )
 
@@ -133,8 +158,18 @@ class Encoder:
             for (_, preference), plan in zip(rows, plans, strict=True)
         ]
 
-    def render(self, messages: list[Message], where: Where | str, *, add_generation_prompt: bool, **kwargs: Any) -> str:
-        """The text of a conversation. Raises jinja2.TemplateError where the template refuses it by its own rules."""
+    def render(
+        self,
+        messages: list[Message],
+        where: Where | str,
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The text of a conversation, with `variables` for the template besides.
+
+        Raises jinja2.TemplateError where the template refuses it by its own rules.
+        """
         if self.template is None:
             raise UserError(
                 f"{where} holds messages, but the tokenizer has no chat template to render them with. Name one in "
@@ -146,11 +181,16 @@ class Encoder:
                 chat_template=self.template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
-                **kwargs,
+                **variables,
             )
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"The chat template is no valid Jinja: line {error.lineno}: {error.message}.") from error
-        except (jinja2.UndefinedError, TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                "The chat template (data.chat_template, or the tokenizer's own) is no valid Jinja: line "
+                f"{error.lineno}: {error.message}."
+            ) from error
+        except Exception as error:  # a template is a program, which may raise anything
+            if isinstance(error, jinja2.TemplateError) and not isinstance(error, jinja2.UndefinedError):
+                raise
             raise UserError(f"{where}: the chat template fails on this row: {' '.join(str(error).split())}.") from error
         return str(rendered)
 
@@ -220,12 +260,17 @@ class Encoder:
         prompt = preference.prompt
         if isinstance(prompt, str):
             return [prompt, *(prompt + self._ended(str(answer)) for answer in preference.completions)]
-        kwargs = preference.template_kwargs
+        variables = preference.template_kwargs
+        if taken := sorted(variables.keys() & _SETTINGS):
+            raise UserError(
+                f"{where}: column chat_template_kwargs sets {', '.join(taken)}, which is for jaxpo to set; expected "
+                "variables of the chat template."
+            )
         try:
             return [
-                self.render(prompt, where, add_generation_prompt=True, **kwargs),
+                self.render(prompt, where, add_generation_prompt=True, variables=variables),
                 *(
-                    self.render([*prompt, *answer], where, add_generation_prompt=False, **kwargs)
+                    self.render([*prompt, *answer], where, add_generation_prompt=False, variables=variables)
                     for answer in preference.completions
                     if isinstance(answer, list)
                 ),

@@ -152,6 +152,10 @@ def prepare(
     template = resolve_template(tokenizer, config.chat_template)
     rows = open_rows(source)
     cache = config.cache_dir.expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir {config.cache_dir} cannot be used: {error}.") from error
     limits = Limits(config.max_length, config.max_prompt_length, config.truncate_prompt)
     key = {
         "code_version": CODE_VERSION,
@@ -168,7 +172,6 @@ def prepare(
     }
     folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             dataset = _open(folder)
             if dataset is None:

@@ -194,7 +194,7 @@ def _parquet(path: Path, shown: str) -> Iterator[tuple[Where, Any]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Where(f"{shown}:row ", number), row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shown} is not a whole parquet file, after row {number}: {_one_line(error)}") from error
 
 

@@ -105,7 +105,9 @@ def texts(preference: Preference) -> Iterator[str]:
 
 def excerpt(row: Row) -> str:
     """The row in a line or two: the beginning and the end of every column."""
-    return " | ".join(f"{name}: {_ends(value)}" for name, value in row.items())
+    text = " | ".join(f"{name}: {_ends(value)}" for name, value in row.items())
+    # A row that is dropped may hold anything, half of a surrogate pair too.
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _pairs(record: Record, n: int) -> Preference:
@@ -166,10 +168,14 @@ def _conversation(record: Record, n: int) -> Preference:
 
 def _alpaca_prompt(record: Record) -> list[Message]:
     turns: list[Message] = []
-    for i, pair in enumerate(record.row.get("history") or []):
+    history = record.row.get("history") or []
+    if not isinstance(history, list):
+        raise record.wrong("history", "a list of [question, answer]")
+    for i, pair in enumerate(history):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise record.wrong("history", f"[question, answer] at index {i}")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        asked, answered = (record.encodable(f"history[{i}]", text) for text in pair)
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     asked = record.text("instruction")
     if "input" in record.columns() and (given := record.text("input")):
         asked = f"{asked}\n{given}"

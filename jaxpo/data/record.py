@@ -44,7 +44,7 @@ class Record:
         value = self.row[column]
         if not isinstance(value, str):
             raise self.wrong(column, "a string")
-        return self._encodable(column, value)
+        return self.encodable(column, value)
 
     def turns(self, column: str) -> list[Message]:
         value = self.row[column]
@@ -94,7 +94,7 @@ class Record:
             content = ""
         if not isinstance(content, str):
             raise UserError(f"{self.where}: {column}.{content_key} is {shown(content)}, expected a string.")
-        return {"role": ROLES[role], "content": self._encodable(f"{column}.{content_key}", content), **rest}
+        return {"role": ROLES[role], "content": self.encodable(f"{column}.{content_key}", content), **rest}
 
     def _joined(self, column: str, parts: list[Any]) -> str:
         texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
@@ -102,7 +102,8 @@ class Record:
             raise UserError(f"{self.where}: {column} holds parts that are not text; jaxpo trains on text alone.")
         return "".join(text for text in texts if text is not None)
 
-    def _encodable(self, column: str, value: str) -> str:
+    def encodable(self, column: str, value: str) -> str:
+        """The value itself; UserError if it is no text."""
         try:
             value.encode()
         except UnicodeEncodeError as error:

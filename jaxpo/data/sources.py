@@ -198,6 +198,8 @@ def _folder(source: "DataSource", path: Path) -> Rows:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(f"{source.path} (data.*.path) is no folder of data: {_one_line(error)}") from error
     _check_split(source, [str(name) for name in files])
+    if source.revision is not None:
+        raise _hub_only(source, "revision", source.revision)
     chosen = {file: Path(file) for file in map(str, files[source.split])}
     return FileRows(source, chosen) if all(map(suffix, chosen.values())) else HubRows(source)
 
@@ -223,7 +225,11 @@ def _check_split(source: "DataSource", splits: list[str]) -> None:
 def _refuse_hub_fields(source: "DataSource") -> None:
     for field, value in (("name", source.name), ("revision", source.revision)):
         if value is not None:
-            raise UserError(f"data.*.{field} is {value!r} for {source.path}, but only a dataset of the hub has one.")
+            raise _hub_only(source, field, value)
+
+
+def _hub_only(source: "DataSource", field: str, value: str) -> UserError:
+    return UserError(f"data.*.{field} is {value!r} for {source.path}, but only a dataset of the hub has one.")
 
 
 def _looks_local(path: str) -> bool:

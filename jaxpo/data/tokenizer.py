@@ -77,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str) -
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = resolve_template(tokenizer, chat_template)
+    tokenizer.chat_template = resolve_template(tokenizer, chat_template, "model.scratch.tokenizer.chat_template")
     return tokenizer
 
 
@@ -98,6 +98,8 @@ def _local_folder(path: str, revision: str | None) -> Path:
 
 def _check_json(file: Path) -> None:
     try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not whole JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: found a {type(content).__name__}; expected a JSON object.")

@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,14 +105,15 @@ def read_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
         raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint.")
     hf_config = _read_json(source)
     config = families.decoder_config(hf_config, str(source))
-    generation = folder / "generation_config.json"
     tensors, notes = {}, ()
-    if not native.is_native(folder):
+    if native.is_native(folder):
+        native.check(folder)
+    else:
         tensors, notes = _match(folder, hf_config, config, _stored_tensors(folder))
     return Checkpoint(
         folder=folder,
         hf_config=hf_config,
-        generation_config=_read_json(generation) if generation.is_file() else None,
+        generation_config=_generation_config(folder / "generation_config.json"),
         decoder_config=config,
         tensors=tensors,
         notes=families.notes(hf_config, str(source)) + notes,
@@ -123,6 +124,11 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `path` itself, or where huggingface_hub puts (or has put) the hub id it names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{path} is a folder, which has no revision {revision!r}; leave model.revision (or reference.revision) "
+                "out, or name a hub id."
+            )
         return folder
     if folder.exists():
         raise UserError(f"{path} is a file; expected the folder of a Hugging Face checkpoint, or a hub id.")
@@ -150,18 +156,30 @@ def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}.") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: found a {type(value).__name__}; expected a JSON object.")
     return value
+
+
+def _generation_config(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    config = _read_json(file)
+    eos = config.get("eos_token_id")
+    if not all(isinstance(i, int) for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+        raise UserError(f"{file}: eos_token_id is {eos!r}; expected the id of a token, or a list of ids.")
+    return config
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of the folder's weights by their names there; safetensors go before .bin, as in transformers."""
     for single, reader in (("model.safetensors", read_header), ("pytorch_model.bin", _read_bin)):
         if (folder / single).is_file():
-            return {**reader(folder / single)}
+            return _read(reader, folder / single)
         index = folder / f"{single}.index.json"
         if index.is_file():
             return _sharded(index, reader)
@@ -178,11 +196,18 @@ def _sharded(index: Path, reader: Any) -> dict[str, StoredTensor]:
     files = sorted(set(weight_map.values()))
     if absent := [name for name in files if not (index.parent / name).is_file()]:
         raise UserError(f"{index} lists {len(files)} files, of which {len(absent)} are missing: {name_some(absent)}.")
-    shards = {name: reader(index.parent / name) for name in files}
+    shards = {name: _read(reader, index.parent / name) for name in files}
     for tensor, name in weight_map.items():
         if tensor not in shards[name]:
             raise UserError(f"{index} says that {tensor} is in {name}; it is not there.")
     return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
+
+
+def _read(reader: Callable[[Path], Mapping[str, StoredTensor]], file: Path) -> dict[str, StoredTensor]:
+    try:
+        return {**reader(file)}
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
 
 
 def _read_bin(file: Path) -> dict[str, TorchTensor]:

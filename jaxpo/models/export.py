@@ -61,9 +61,12 @@ def export(
     export of jaxpo to which nothing was added is replaced; any other folder that is not empty is a UserError.
     """
     _check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder, "new")
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder, "new")
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
     try:
         umask = os.umask(0)
         os.umask(umask)
@@ -80,6 +83,9 @@ def export(
         _write_json(new / MARK, {"files": files})
         _replace(folder, new)
         _remove_leftovers(folder, "old")
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written: {error}.") from error
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

@@ -6,7 +6,7 @@ A new family is a function from its configuration to a `DecoderConfig`, a table 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from transformers import AutoConfig
@@ -30,6 +30,25 @@ ACTIVATION_NAMES: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+
+
+# Keys of Hugging Face's configurations that hold sizes, and scales, in one family or another.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "n_positions",
+)
+SCALES = ("rms_norm_eps", "layer_norm_epsilon", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -123,16 +142,33 @@ def family(hf_config: Mapping[str, Any], source: str) -> Family:
 def complete(hf_config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The configuration as transformers completes it: defaults filled in, rotary parameters in one place."""
     family(hf_config, source)
+    _check_numbers(hf_config, source)
+    if quantization := hf_config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise UserError(
+            f"{source}: found quantization_config (method {method}); expected weights that are not quantised."
+        )
     try:
         full = AutoConfig.for_model(**hf_config).to_dict()
     except Exception as error:  # transformers has no common type for what its validation raises
         raise UserError(f"{source}: transformers rejects this configuration: {' '.join(str(error).split())}") from error
-    if hf_config.get("quantization_config"):
-        method = hf_config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"{source}: found quantization_config (method {method}); expected weights that are not quantised."
-        )
     return full
+
+
+def _check_numbers(hf_config: Mapping[str, Any], source: str) -> None:
+    """Raise UserError for a size or a scale that is none; null stands for a default where the family has one."""
+    for key in SIZES:
+        size = hf_config.get(key)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise UserError(f"{source}: found {key} {size!r}; expected an integer above 0.")
+    for key in SCALES:
+        scale = hf_config.get(key)
+        if scale is not None and not (_is_number(scale) and scale >= 0):
+            raise UserError(f"{source}: found {key} {scale!r}; expected a number of at least 0.")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def notes(hf_config: Mapping[str, Any], source: str) -> tuple[str, ...]:
@@ -182,7 +218,10 @@ def _inputs(shape: tuple[int, ...], num_input_axes: int) -> tuple[int, ...]:
 def _rotary(full: Mapping[str, Any], source: str) -> Rotary:
     rope = full.get("rope_parameters") or full.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(rope.get("rope_theta") or full.get("rope_theta") or 10000.0)
+    theta = rope.get("rope_theta") or full.get("rope_theta") or 10000.0
+    if not _is_number(theta) or theta <= 0:
+        raise UserError(f"{source}: found rope_theta {theta!r}; expected a number above 0.")
+    theta = float(theta)
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UserError(f"{source}: found partial_rotary_factor {rope['partial_rotary_factor']}; jaxpo knows 1.0.")
     match kind:
@@ -199,7 +238,7 @@ def _rotary(full: Mapping[str, Any], source: str) -> Rotary:
 
 def _rope_value(rope: Mapping[str, Any], name: str, source: str) -> float:
     value = rope.get(name)
-    if not isinstance(value, int | float) or value <= 0:
+    if not _is_number(value) or value <= 0:
         kind = rope.get("rope_type", rope.get("type"))
         raise UserError(
             f"{source}: found {name} = {value!r} in rope_parameters of type {kind}; expected a number above 0."

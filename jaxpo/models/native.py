@@ -25,19 +25,31 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(file for file in (folder / WEIGHTS).rglob("*") if file.is_file()))
 
 
+def check(folder: Path) -> None:
+    """Raise UserError if there is no file to read weights from."""
+    if not weight_files(folder):
+        raise UserError(f"{folder / WEIGHTS} holds no files; expected the weights that `convert from-hf` writes there.")
+
+
 def stored_dtype(folder: Path) -> str:
     """The dtype of the weights in a folder."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata((folder / WEIGHTS).absolute()).item_metadata
-    return str(next(iter(jax.tree.leaves(metadata))).dtype)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata((folder / WEIGHTS).absolute()).item_metadata
+        return str(next(iter(jax.tree.leaves(metadata))).dtype)
+    except Exception as error:  # orbax raises all kinds, Exception itself among them
+        raise _unreadable(folder, error) from error
 
 
 def write(decoder: Decoder, small_files: list[Path], folder: Path) -> None:
     """Make `folder`, which must be new or empty, at once and complete."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; expected a new or empty folder. Nothing was changed.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}.") from error
     try:
         for file in small_files:
             shutil.copyfile(file, partial / file.name)
@@ -53,12 +65,16 @@ def read(folder: Path, abstract: Decoder) -> Decoder:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore((folder / WEIGHTS).absolute(), by_path(abstract))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / WEIGHTS} cannot be read as the weights that {folder / 'config.json'} describes: "
-            f"{' '.join(str(error).split())[:300]}. Convert the model again with `convert from-hf`."
-        ) from error
+    except Exception as error:  # orbax raises all kinds, Exception itself among them
+        raise _unreadable(folder, error) from error
     return map_params(lambda path, _: params[path], abstract)
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{folder / WEIGHTS} cannot be read as the weights that {folder / 'config.json'} describes: "
+        f"{' '.join(str(error).split())[:300]}. Convert the model again with `convert from-hf`."
+    )
 
 
 def by_path(decoder: Decoder) -> dict[str, jax.Array]:

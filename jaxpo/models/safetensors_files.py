@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def read_header(file: Path) -> dict[str, SafetensorsTensor]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_apart(tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its header cannot be read ({error}). Fetch it again.") from error
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
     if end > size:
@@ -109,7 +111,18 @@ def _tensor(file: Path, name: str, entry: Mapping[str, Any], data: int) -> Safet
     if entry["dtype"] not in DTYPES:
         raise UserError(f"{file}: found {name} of type {entry['dtype']}; jaxpo reads {', '.join(DTYPES)}.")
     begin, end = entry["data_offsets"]
-    tensor = SafetensorsTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), data + begin)
+    shape = tuple(entry["shape"])
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name} has the shape {list(shape)} and the data_offsets {[begin, end]}")
+    tensor = SafetensorsTensor(file, DTYPES[entry["dtype"]], shape, data + begin)
     if end - begin != tensor.nbytes:
         raise ValueError(f"{name} has {end - begin} bytes where its shape asks for {tensor.nbytes}")
     return tensor
+
+
+def _check_apart(tensors: Mapping[str, SafetensorsTensor]) -> None:
+    """Raise ValueError if two tensors share a byte."""
+    placed = sorted((tensor.offset, tensor.nbytes, name) for name, tensor in tensors.items() if tensor.nbytes)
+    for (offset, nbytes, name), (following, _, other) in pairwise(placed):
+        if offset + nbytes > following:
+            raise ValueError(f"{name} and {other} overlap")

@@ -3,6 +3,8 @@
 import json
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +72,19 @@ def check_sums(arrays: dict[str, Any], sums: dict[str, int]) -> None:
         raise ValueError(f"{', '.join(damaged[:4])} changed since it was written.")
 
 
+def reason(error: BaseException) -> str:
+    """The first cause of an error in a line, without TensorStore's specs in brackets and without a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split(" [")[0].split()).rstrip(".")
+    # TensorStore says where first, and what at the end.
+    return (text if len(text) <= 500 else f"{text[:200]} … {text[-250:]}") or type(error).__name__
+
+
 def unreadable(folder: Path, error: Exception) -> UserError:
-    """The error for a checkpoint that reading failed on, with its first cause."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    reason = " ".join(str(cause).split())[:300] or type(cause).__name__
     return UserError(
-        f"checkpoint {folder} cannot be read: {reason.rstrip('.')}. Expected the state that this run saved there. If "
-        "the folder is damaged, delete it and start again: the run goes on from the checkpoint before it."
+        f"checkpoint {folder} cannot be read: {reason(error)}. Expected the state that this run saved there. If the "
+        "folder is damaged, delete it and start again: the run goes on from the checkpoint before it."
     )
 
 
@@ -130,10 +136,8 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(sealed))
         value = metrics.get(self._best_metric) if self._best_metric is not None else None
         ranked = {self._best_metric: value} if value is not None and math.isfinite(value) else None
-        try:
+        with self._writing():
             self._manager.save(step, args=items, metrics=ranked, force=True)
-        except OSError as error:
-            raise UserError(f"checkpoint {self.path(step)} could not be written: {error}.") from error
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state saved at a step, on the shardings of `abstract`, and the progress saved with it."""
@@ -148,13 +152,34 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where an error of writing comes to light, of this checkpoint or of one still written in the background."""
+        try:
+            yield
+        except Exception as error:  # orbax raises all kinds, Exception itself among them
+            last = self.latest()
+            there = "No checkpoint was saved yet" if last is None else f"The last good checkpoint is {self.path(last)}"
+            raise UserError(
+                f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there}; the same command goes "
+                "on from there once the folder can be written to again."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            # What ended the run comes first.
+            if kind is None:
+                raise
+        finally:
+            self._manager.close()
 
 
 def latest_step(run_folder: Path) -> int | None:

@@ -1,5 +1,6 @@
 """Metrics on their way out: means on the host, metrics.jsonl, TensorBoard, Weights & Biases."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -94,12 +95,8 @@ class TensorBoard:
     """Event files under tensorboard/, written by tensorboardX."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "logging.tensorboard is true, but tensorboardX is not installed: pip install 'jaxpo[tensorboard]'."
-            ) from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, record: Record) -> None:
@@ -115,11 +112,9 @@ class Wandb:
     """A Weights & Biases run that a resumed training goes on with: its id is kept in the run's folder."""
 
     def __init__(self, folder: Path, run: Run) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
+
         assert run.logging.wandb is not None
-        try:
-            import wandb  # pyright: ignore[reportMissingImports]  (an extra)
-        except ImportError:
-            raise UserError("logging.wandb is set, but wandb is not installed: pip install 'jaxpo[wandb]'.") from None
         settings = run.logging.wandb
         id_file = folder / "wandb_id"
         if not id_file.exists():
@@ -140,6 +135,20 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def check_installed(config: LoggingConfig) -> None:
+    """Raise UserError if a package is missing that the config asks for."""
+    asked = {
+        "tensorboardX": "tensorboard" if config.tensorboard else None,
+        "wandb": "wandb" if config.wandb is not None else None,
+    }
+    for package, key in asked.items():
+        if key is not None and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"logging.{key} is asked for, but {package} is not installed; expected the extra: pip install "
+                f"'jaxpo[{key}]'."
+            )
 
 
 def open_sinks(run: Run, folder: Path, step: int) -> list[Sink]:

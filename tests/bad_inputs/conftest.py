@@ -62,7 +62,6 @@ def refused(
         else:
             code = launch.main([*case.arguments, *case.mended])
         assert code == 0, capsys.readouterr().err
-        assert (bench / "run" / "summary.json").exists()
+        assert list(bench.glob("*/summary.json"))
 
     return check
-

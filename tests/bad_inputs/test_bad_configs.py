@@ -9,12 +9,15 @@ import pytest
 from bench import Case
 
 FILES = [
-    Case("config/key_twice", ("config.yaml:11: training is there twice, in lines 9 and 11", "expected it once")),
+    Case("config/key_twice", ("config.yaml:10: training is there twice, in lines 8 and 10", "expected it once")),
     Case("config/tab", ("config.yaml:5: not valid YAML: a tab where YAML allows spaces only",)),
-    Case("config/bracket_left_open", ("config.yaml:3: not valid YAML", "expected ',' or ']'")),
+    Case("config/bracket_left_open", ("config.yaml:4: not valid YAML", "expected ',' or ']'")),
     Case("config/key_misspelt", ("config.yaml:9: training.batchsize is unknown; did you mean training.batch_size?",)),
     Case("config/section_misspelt", ("config.yaml:8: refrence is unknown; did you mean reference?",)),
-    Case("config/key_in_the_wrong_section", ("objective.learning_rate is unknown", "did you mean optimizer.learning_rate?")),
+    Case(
+        "config/key_in_the_wrong_section",
+        ("objective.learning_rate is unknown", "did you mean optimizer.learning_rate?"),
+    ),
     Case("config/number_as_text", ('config.yaml:9: training.batch_size is "4"; expected an integer > 0',)),
     Case("config/colon_without_space", ("config.yaml:6: not valid YAML", "':'")),
     Case("config/section_is_a_list", ("config.yaml:9: training is the list", "expected a mapping with keys such as")),
@@ -36,9 +39,22 @@ FILES = [
     Case("config/json_cut", ("config.yaml:2: not valid YAML",)),
     Case("config/binary", ("config.yaml:1: the byte 0x80 is not UTF-8",)),
     Case("no such config", ("confi.yaml does not exist", "Did you mean config.yaml?"), command=("train", "confi.yaml")),
-    Case("a folder for a config", ("configs is a folder; expected a YAML config",), command=("train", "configs"), change=lambda f: (f / "configs").mkdir()),
-    Case("UTF-16 config", ("config.yaml:1: the byte 0xff is not UTF-8",), change=lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text(), encoding="utf-16")),
-    Case("nested without end", ("config.yaml is nested too deeply",), change=lambda f: (f / "config.yaml").write_text("[" * 5000)),
+    Case(
+        "a folder for a config",
+        ("configs is a folder; expected a YAML config",),
+        command=("train", "configs"),
+        change=lambda f: (f / "configs").mkdir(),
+    ),
+    Case(
+        "UTF-16 config",
+        ("config.yaml:1: the byte 0xff is not UTF-8",),
+        change=lambda f: (f / "config.yaml").write_text((f / "config.yaml").read_text(), encoding="utf-16"),
+    ),
+    Case(
+        "nested without end",
+        ("config.yaml is nested too deeply",),
+        change=lambda f: (f / "config.yaml").write_text("[" * 5000),
+    ),
 ]
 
 
@@ -48,13 +64,19 @@ def one(override: str, *tells: str, mended: tuple[str, ...] | None = None) -> Ca
 
 
 VALUES = [
-    one("training.batch_size=0", "training.batch_size is 0; expected an integer > 0", mended=("training.batch_size=2",)),
+    one(
+        "training.batch_size=0", "training.batch_size is 0; expected an integer > 0", mended=("training.batch_size=2",)
+    ),
     one("training.batch_size=4.0", "training.batch_size is 4.0; expected an integer > 0 (written 4)"),
     one("training.packing=yes", 'training.packing is "yes"; expected true or false (written true)'),
     one("training.seed=-1", "training.seed is -1; expected an integer >= 0"),
     one("training.seed=4294967296", "training.seed is 4294967296; expected an integer >= 0 and <= 4294967295"),
     one("training.max_grad_norm=0", "training.max_grad_norm is 0; expected a number > 0 or null"),
-    one("training.best_metric=eval_acuracy", "training.best_metric is 'eval_acuracy'", "eval_logps/accuracies, eval_loss"),
+    one(
+        "training.best_metric=eval_acuracy",
+        "training.best_metric is 'eval_acuracy'",
+        "eval_logps/rejected, eval_loss",
+    ),
     one("training.best_metric=loss", 'training.best_metric is "loss"; expected a metric of the evaluation'),
     one("training.best_mode=maximum", 'training.best_mode is "maximum"; expected one of min, max (did you mean max?)'),
     one("training.best_mode=min", "training.best_mode", "training.best_metric"),
@@ -69,14 +91,14 @@ VALUES = [
     one("optimizer.schedule=cosin", 'optimizer.schedule is "cosin"', "did you mean cosine?"),
     one("optimizer.warmup_ratio=10", "optimizer.warmup_ratio is 10; expected a number >= 0 and <= 1"),
     one("optimizer.warmup_steps=2", "optimizer.warmup_steps is 2; expected less than training.max_steps, 1"),
-    one("objective.name=dop", 'objective.name is "dop"; expected one of sft, dpo, ipo (did you mean dpo?)'),
+    one("objective.name=dop", 'objective.name is "dop"; expected one of dpo, ipo, sft (did you mean dpo?)'),
     one("objective.beta=0", "objective.beta is 0; expected a number > 0"),
     one("objective.label_smoothing=0.5", "objective.label_smoothing is 0.5; expected a number >= 0 and < 0.5"),
     one("objective={name: ipo, label_smoothing: 0.1}", "objective.label_smoothing is unknown; expected one of"),
-    one("objective={beta: 0.1}", "objective.name is missing; expected one of sft, dpo, ipo"),
+    one("objective={beta: 0.1}", "objective.name is missing; expected one of dpo, ipo, sft"),
     one("model.dtype=float16", 'model.dtype is "float16"; expected one of float32, bfloat16'),
     one("model.path=null", "model has neither path nor scratch"),
-    one("model.revision=main", "model.revision is 'main', but llama is a folder", mended=("model.revision=null",)),
+    one("model.revision=main", "llama is a folder, which has no revision 'main'; leave model.revision", mended=("model.revision=null",)),
     one("model.scratch={architecture: {model_type: llama}}", "model.scratch stands beside model.path"),
     one("data.train=[]", "data.train is empty; expected a list of at least one source"),
     one("data.train.0.limit=0", "data.train.0.limit is 0; expected an integer > 0 or null"),
@@ -104,21 +126,49 @@ VALUES = [
     one("training.batch_size", "override training.batch_size: expected KEY=VALUE"),
     one("=3", "override =3: expected KEY=VALUE"),
     one("training..seed=3", "override training..seed=3: expected KEY=VALUE"),
-    one("training.seed.first=3", "training.seed is null, which has no first"),
+    one("training.seed.first=3", "training.seed is the mapping {\"first\": 3}; expected an integer"),
     one("training.seed=[", "override training.seed=[: not valid YAML"),
     one("trianing.seed=3", "override trianing.seed=3: trianing is unknown; did you mean training?"),
-    one("stages.a b={model: {path: llama}, data: {train: [{path: answers.jsonl}]}, objective: {name: sft}}", "stages: the name 'a b' becomes a folder"),
-    one("training.eval_every=1000000000000000000000", "training.eval_every is 1000000000000000000000; expected a number of a sensible size"),
+    one(
+        "stages.a b={model: {path: llama}, data: {train: [{path: answers.jsonl}]}, objective: {name: sft}}",
+        "stages: the name 'a b' becomes a folder",
+    ),
+    one(
+        "training.eval_every=1000000000000000000000",
+        "training.eval_every is 1000000000000000000000; expected a number of a sensible size",
+    ),
     Case(
         "several mistakes at once",
         ("config.yaml: 3 mistakes", "(1)", "training.batch_size is -4", "(2)", "seed", "(3)", "mesh.dta is unknown"),
         ("training.batch_size=-4", "training.seed=x", "mesh.dta=1"),
     ),
-    Case("evaluation without data", ("training.eval_every is 5 but data.eval is empty",), ("data.eval=[]", "training.eval_every=5")),
-    Case("reference model for SFT", ("reference.path has no effect: the objective sft",), ("objective={name: sft}", "reference.path=llama")),
-    Case("reference table for SFT", ("objective.name is sft, which uses no reference model",), ("objective={name: sft}", "data.train.0.path=answers.jsonl"), command=("reference", "config.yaml")),
-    Case("eval data to inspect", ("data.eval is empty, so there is nothing to show",), ("data.eval=[]",), command=("data", "config.yaml", "--split", "eval")),
-    Case("warmup longer than the data", ("optimizer.warmup_steps is 7", "2 steps"), ("training.max_steps=null", "optimizer.warmup_steps=7")),
+    Case(
+        "evaluation without data",
+        ("training.eval_every is 5 but data.eval is empty",),
+        ("data.eval=[]", "training.eval_every=5"),
+    ),
+    Case(
+        "reference model for SFT",
+        ("reference.path has no effect: the objective sft",),
+        ("objective={name: sft}", "reference.path=llama"),
+    ),
+    Case(
+        "reference table for SFT",
+        ("objective.name is sft, which uses no reference model",),
+        ("objective={name: sft}", "data.train.0.path=answers.jsonl"),
+        command=("reference", "config.yaml"),
+    ),
+    Case(
+        "eval data to inspect",
+        ("data.eval is empty, so there is nothing to show",),
+        ("data.eval=[]",),
+        command=("data", "config.yaml", "--split", "eval"),
+    ),
+    Case(
+        "warmup longer than the data",
+        ("optimizer.warmup_steps is 7", "2 steps"),
+        ("training.max_steps=null", "optimizer.warmup_steps=7"),
+    ),
 ]
 
 CASES = FILES + VALUES
@@ -132,12 +182,21 @@ def test_bad_configs(case: Case, refused: Callable[[Case], None]):
 @pytest.mark.parametrize(
     ("override", "module", "tells"),
     [
-        ("logging.tensorboard=true", "tensorboardX", ("logging.tensorboard is true, but tensorboardX is not", "pip install")),
-        ("logging.wandb={project: p}", "wandb", ("logging.wandb is set, but wandb is not installed", "pip install")),
+        (
+            "logging.tensorboard=true",
+            "tensorboardX",
+            ("logging.tensorboard is asked for, but tensorboardX is not", "pip install"),
+        ),
+        ("logging.wandb={project: p}", "wandb", ("logging.wandb is asked for, but wandb is not installed", "pip install")),
     ],
 )
 def test_loggers_that_are_not_installed_are_told_before_any_work(
-    override: str, module: str, tells: tuple[str, ...], refused: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch, bench: Path
+    override: str,
+    module: str,
+    tells: tuple[str, ...],
+    refused: Callable[[Case], None],
+    monkeypatch: pytest.MonkeyPatch,
+    bench: Path,
 ):
     monkeypatch.setitem(sys.modules, module, None)
     refused(Case(override, tells, (override,)))
@@ -146,4 +205,10 @@ def test_loggers_that_are_not_installed_are_told_before_any_work(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
 def test_a_config_that_may_not_be_read(refused: Callable[[Case], None]):
-    refused(Case("unreadable", ("config.yaml cannot be read (Permission denied)",), change=lambda f: (f / "config.yaml").chmod(0)))
+    refused(
+        Case(
+            "unreadable",
+            ("config.yaml cannot be read (Permission denied)",),
+            change=lambda f: (f / "config.yaml").chmod(0),
+        )
+    )

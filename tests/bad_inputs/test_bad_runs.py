@@ -57,36 +57,123 @@ def stages(folder: Path) -> None:
 FOLDERS = [
     Case("output_dir a file", ("output_dir run cannot be used",), change=folder_with("run", "")),
     Case("output_dir below a file", ("output_dir pairs.jsonl/run cannot be used",), ("output_dir=pairs.jsonl/run",)),
-    Case("output_dir of someone else", ("output_dir run holds thesis.tex but no config.yaml", "new or empty folder"), change=folder_with("run/thesis.tex", "")),
+    Case(
+        "output_dir of someone else",
+        ("output_dir run holds thesis.tex but no config.yaml", "new or empty folder"),
+        change=folder_with("run/thesis.tex", ""),
+    ),
     Case(
         "output_dir of someone else, with a stage to do first",
         ("output_dir run holds thesis.tex but no config.yaml",),
         change=lambda f: (stages(f), folder_with("run/thesis.tex", "")(f)),
     ),
-    Case("output_dir of another run", ("output_dir run holds a run with another config: objective.name was 'ipo' and is 'dpo'", "another output_dir"), change=another_run, mended=("output_dir=run2",)),
-    Case("output_dir of a broken config", ("run/config.yaml:1: not valid YAML",), change=folder_with("run/config.yaml", "model: [")),
-    Case("samples damaged", ("run/samples.json",), ("samples={prompts: 1, max_new_tokens: 1}",), change=lambda f: (folder_with("run/config.yaml", CONFIG.replace("prompts: 0", "prompts: 1, max_new_tokens: 1"))(f), folder_with("run/samples.json", "{")(f))),
-    Case("stage not trained yet", ("stage:sft is not trained yet", "run/stages/sft/export does not exist"), change=stages, command=("reference", "config.yaml")),
+    Case(
+        "output_dir of another run",
+        ("output_dir run holds a run with another config: objective.label_smoothing was None", "another output_dir"),
+        change=another_run,
+        mended=("output_dir=run2",),
+    ),
+    Case(
+        "output_dir where the config itself is",
+        ("output_dir . holds a config.yaml that no run of jaxpo wrote", "new or empty folder"),
+        ("output_dir=.",),
+    ),
+    Case(
+        "output_dir of a broken config",
+        ("run/config.yaml:1: not valid YAML",),
+        change=folder_with("run/config.yaml", "model: ["),
+    ),
+    Case(
+        "samples damaged",
+        ("run/samples.json is damaged", "Expected a JSON object"),
+        ("samples={prompts: 1, max_new_tokens: 1}",),
+        change=lambda f: (
+            launch.main(["train", "config.yaml", "data.train.0.path=gone.jsonl"]),
+            folder_with("run/samples.json", "{")(f),
+        ),
+    ),
+    Case(
+        "stage not trained yet",
+        ("stage:sft is not trained yet", "run/stages/sft/export does not exist"),
+        change=stages,
+        command=("reference", "config.yaml"),
+    ),
     Case("data cache a file", ("data.cache_dir pairs.jsonl cannot be used",), ("data.cache_dir=pairs.jsonl",)),
-    Case("data cache below a file", ("data.cache_dir pairs.jsonl/cache cannot be used",), ("data.cache_dir=pairs.jsonl/cache",), mended=("data.cache_dir=cache",)),
+    Case(
+        "data cache below a file",
+        ("data.cache_dir pairs.jsonl/cache cannot be used",),
+        ("data.cache_dir=pairs.jsonl/cache",),
+        mended=("data.cache_dir=cache",),
+    ),
     Case("reference cache a file", ("reference.cache_dir", "cannot be kept in"), ("reference.cache_dir=pairs.jsonl",)),
 ]
 
 CONVERSIONS = [
     Case("conversion of nothing", ("nothing is neither a run", "nor a checkpoint"), command=(*TO_HF, "nothing", "out")),
     Case("conversion of data", ("pairs.jsonl is neither a run",), command=(*TO_HF, "pairs.jsonl", "out")),
-    Case("conversion of a Hugging Face folder to itself", ("llama is neither a run",), command=(*TO_HF, "llama", "out")),
-    Case("conversion of a run without checkpoints", ("run is a run that has saved no checkpoint yet",), command=(*TO_HF, "run", "out"), change=folder_with("run/config.yaml", CONFIG)),
-    Case("conversion of a run with an empty folder of checkpoints", ("run is a run that has saved no checkpoint yet",), command=(*TO_HF, "run", "out"), change=run_without_steps),
-    Case("conversion of a damaged checkpoint", ("run/checkpoints/3 cannot be read",), command=(*TO_HF, "run", "out"), change=another_run),
-    Case("conversion of a checkpoint without a run", ("lost/config.yaml does not exist",), command=(*TO_HF, "lost/checkpoints/3", "out"), change=folder_with("lost/checkpoints/3/state/x", "")),
-    Case("conversion onto other files", ("out holds files that no export of jaxpo wrote (thesis.tex)", "Nothing was changed"), command=(*TO_HF, "native", "out"), change=lambda f: (native(f), folder_with("out/thesis.tex", "")(f))),
-    Case("conversion onto a file", ("out is a file",), command=(*TO_HF, "native", "out"), change=lambda f: (native(f), folder_with("out", "")(f))),
+    Case(
+        "conversion of a Hugging Face folder to itself", ("llama is neither a run",), command=(*TO_HF, "llama", "out")
+    ),
+    Case(
+        "conversion of a run without checkpoints",
+        ("run is a run that has saved no checkpoint yet",),
+        command=(*TO_HF, "run", "out"),
+        change=folder_with("run/config.yaml", CONFIG),
+    ),
+    Case(
+        "conversion of a run with an empty folder of checkpoints",
+        ("run is a run that has saved no checkpoint yet",),
+        command=(*TO_HF, "run", "out"),
+        change=run_without_steps,
+    ),
+    Case(
+        "conversion of a damaged checkpoint",
+        ("run/checkpoints/3 cannot be read",),
+        command=(*TO_HF, "run", "out"),
+        change=another_run,
+    ),
+    Case(
+        "conversion of a checkpoint without a run",
+        ("lost/config.yaml does not exist",),
+        command=(*TO_HF, "lost/checkpoints/3", "out"),
+        change=folder_with("lost/checkpoints/3/state/x", ""),
+    ),
+    Case(
+        "conversion onto other files",
+        ("out holds files that no export of jaxpo wrote (thesis.tex)", "Nothing was changed"),
+        command=(*TO_HF, "native", "out"),
+        change=lambda f: (native(f), folder_with("out/thesis.tex", "")(f)),
+    ),
+    Case(
+        "conversion onto a file",
+        ("out is a file",),
+        command=(*TO_HF, "native", "out"),
+        change=lambda f: (native(f), folder_with("out", "")(f)),
+    ),
     Case("conversion below a file", ("pairs.jsonl/out",), command=(*TO_HF, "native", "pairs.jsonl/out"), change=native),
-    Case("conversion of damaged weights", ("native/weights cannot be read", "convert from-hf"), command=(*TO_HF, "native", "out"), change=damaged_native),
-    Case("conversion to jaxpo's format twice", ("native is in jaxpo's own format already",), command=(*FROM_HF, "native", "out"), change=native),
-    Case("conversion to jaxpo's format onto files", ("native is there already; expected a new or empty folder",), command=(*FROM_HF, "llama", "native"), change=folder_with("native/thesis.tex", "")),
-    Case("conversion to jaxpo's format below a file", ("pairs.jsonl/native",), command=(*FROM_HF, "llama", "pairs.jsonl/native")),
+    Case(
+        "conversion of damaged weights",
+        ("native/weights cannot be read", "convert from-hf"),
+        command=(*TO_HF, "native", "out"),
+        change=damaged_native,
+    ),
+    Case(
+        "conversion to jaxpo's format twice",
+        ("native is in jaxpo's own format already",),
+        command=(*FROM_HF, "native", "out"),
+        change=native,
+    ),
+    Case(
+        "conversion to jaxpo's format onto files",
+        ("native is there already; expected a new or empty folder",),
+        command=(*FROM_HF, "llama", "native"),
+        change=folder_with("native/thesis.tex", ""),
+    ),
+    Case(
+        "conversion to jaxpo's format below a file",
+        ("pairs.jsonl/native",),
+        command=(*FROM_HF, "llama", "pairs.jsonl/native"),
+    ),
     Case("conversion of a model of nobody", ("~nobody-here/llama",), command=(*FROM_HF, "~nobody-here/llama", "out")),
     Case("conversion to the home of nobody", ("~nobody-here/out",), command=(*FROM_HF, "llama", "~nobody-here/out")),
 ]
@@ -116,7 +203,9 @@ def table(bench: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Path]:
     """The reference table of the good rows."""
     assert launch.main(["reference", "config.yaml"]) == 0
     capsys.readouterr()
-    (folder,) = {key.parent for key in (bench / "cache/reference").glob("*/key.json") if '"num_rows": 8' in key.read_text()}
+    (folder,) = {
+        key.parent for key in (bench / "cache/reference").glob("*/key.json") if '"num_rows": 8' in key.read_text()
+    }
     yield folder
 
 
@@ -129,7 +218,10 @@ def flipped(file: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "tells"),
     [
-        (lambda t: flipped(t / "logps/c.0.0"), ("logps/c.0.0", "rows 0 to 7 (pairs.jsonl:1 to pairs.jsonl:8)", "Delete")),
+        (
+            lambda t: flipped(t / "logps/c.0.0"),
+            ("logps/c.0.0", "rows 0 to 7 (pairs.jsonl:1 to pairs.jsonl:8)", "Delete"),
+        ),
         (lambda t: (t / "logps/c.0.0").unlink(), ("logps/c.0.0", "rows 0 to 7", "is missing", "Delete")),
         (lambda t: (t / "logps/c.0.0").write_bytes(b""), ("logps/c.0.0", "rows 0 to 7", "Delete")),
         (lambda t: (t / "logps/zarr.json").write_text("{"), ("logps/zarr.json", "Delete")),
@@ -164,7 +256,9 @@ def test_a_mistake_leaves_nothing_that_a_mended_run_trips_over(bench: Path, refu
 
 
 @pytest.mark.parametrize("command", ["data", "train"])
-def test_a_new_model_is_made_anew_when_its_description_changes(command: str, bench: Path, refused: Callable[[Case], None]):
+def test_a_new_model_is_made_anew_when_its_description_changes(
+    command: str, bench: Path, refused: Callable[[Case], None]
+):
     def described(width: int) -> str:
         sizes = f"hidden_size: {width}, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2"
         return f"model={{scratch: {{architecture: {{model_type: llama, {sizes}}}, tokenizer: {{vocab_size: 300}}}}}}"

@@ -55,8 +55,6 @@ def test_sigkill_anywhere(interrupted: Command, whole: Path, tiny: Path, moments
     assert_the_same(out, whole)
     trained, untrained = (folder / "model.safetensors" for folder in (out / "export", tiny / "llama"))
     assert trained.read_bytes() != untrained.read_bytes()
-    assert "nothing to do" in interrupted.run()
-    assert_the_same(out, whole)
 
 
 def test_sigterm_saves_and_exits_143(interrupted: Command, whole: Path):

@@ -1,4 +1,4 @@
-"""The values of the reference table: against log-softmax over one sequence at a time, and in the loss of the first step."""
+"""The values of the reference table: against log-softmax of one sequence at a time, and in the first loss."""
 
 import json
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxpo import config_file, run
-from jaxpo.batch import Example
+from jaxpo.batch import DeviceBatch, Example, HostBatch
 from jaxpo.data.pack import Packing
 from jaxpo.data.tokenizer import load_tokenizer
 from jaxpo.models.attention import packed_attention
@@ -74,19 +74,30 @@ def decoder() -> Decoder:
     return build(architecture, 61, {}, jax.random.key(1)).decoder
 
 
-def logp(decoder: Decoder, prompt: np.ndarray, completion: np.ndarray) -> float:
-    """The log-prob of one completion, from a row that holds nothing else, logits and log-softmax whole."""
-    tokens = jnp.concatenate([prompt, completion])[None]
-    positions = jnp.arange(tokens.shape[1])[None]
+@jax.jit
+def token_logps(decoder: Decoder, tokens: jax.Array) -> jax.Array:
+    """Log-probs [T - 1] of tokens [T], each given those before it: logits and log-softmax whole."""
+    positions = jnp.arange(tokens.shape[0])[None]
     ones = jnp.ones_like(positions)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return packed_attention(q, k, v, ones, 0 * ones, positions, None)
 
-    hidden, _ = decoder.hidden(tokens, positions, attend)
-    logps = jax.nn.log_softmax(decoder.logits(hidden)[0])
-    targets = np.arange(len(prompt), tokens.shape[1])
-    return float(logps[targets - 1, tokens[0, targets]].sum())
+    hidden, _ = decoder.hidden(tokens[None], positions, attend)
+    logps = jax.nn.log_softmax(decoder.logits(hidden)[0, :-1])
+    return jnp.take_along_axis(logps, tokens[1:, None], axis=1)[:, 0]
+
+
+def logp(decoder: Decoder, prompt: np.ndarray, completion: np.ndarray) -> float:
+    """The log-prob of one completion in a row that holds nothing else; what comes after it is cut off."""
+    P, C = len(prompt), len(completion)
+    row = np.zeros(32, np.int32)
+    row[: P + C] = np.concatenate([prompt, completion])
+    return float(token_logps(decoder, jnp.asarray(row))[P - 1 : P + C - 1].sum())
+
+
+def on_device(batch: HostBatch) -> DeviceBatch:
+    return DeviceBatch(*map(jnp.asarray, batch))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +105,7 @@ def logp(decoder: Decoder, prompt: np.ndarray, completion: np.ndarray) -> float:
     [Packing(row_length=64, rows=1), Packing(row_length=32, rows=2), Packing(64, 2, packed=False, share_prompt=False)],
 )
 def test_values_are_those_of_each_completion_alone_in_order(packing: Packing, decoder: Decoder):
-    compute = completion_logps(decoder, EXAMPLES, SCORER, packing, lambda batch: batch)
+    compute = completion_logps(decoder, EXAMPLES, SCORER, packing, on_device)
     expected = [[logp(decoder, e.prompt, c) for c in e.completions] for e in EXAMPLES]
     np.testing.assert_allclose(compute(range(4)), expected, rtol=1e-5)
     np.testing.assert_allclose(compute(range(1, 3)), expected[1:3], rtol=1e-5)
@@ -102,7 +113,7 @@ def test_values_are_those_of_each_completion_alone_in_order(packing: Packing, de
 
 def test_the_decoder_is_not_changed_or_donated(decoder: Decoder):
     before = jax.device_get(decoder)
-    compute = completion_logps(decoder, EXAMPLES, SCORER, Packing(row_length=64, rows=1), lambda batch: batch)
+    compute = completion_logps(decoder, EXAMPLES, SCORER, Packing(row_length=64, rows=1), on_device)
     first = compute(range(4))
     np.testing.assert_array_equal(first, compute(range(4)))
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(decoder))

@@ -1,0 +1,230 @@
+"""What changes the speed never changes the training: packing, sharing, row length, accumulation, devices."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxpo.batch import DeviceBatch, Example, HostBatch
+from jaxpo.config import MeshConfig, OptimizerConfig
+from jaxpo.data.pack import Packing, pack
+from jaxpo.models.convert import load
+from jaxpo.models.decoder import Decoder, Remat
+from jaxpo.objectives import DPO
+from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.reference.compute import completion_logps
+from jaxpo.training.mesh import AXES, Layout, make_mesh
+from jaxpo.training.optimizer import make_optimizer
+from jaxpo.training.step import TrainState, make_train_step
+
+STEPS = 3
+# AdamW's first updates are nearly the signs of the gradients: where a gradient is rounding noise, its sign is chance, and
+# one weight more or less moves by the whole learning rate. So weights are compared in norm, tensor by tensor, at a
+# learning rate as people use it; an update that is wrong by a hundredth would show. The gradients themselves are compared
+# through AdamW's first moment, a linear function of them.
+TOLERANCE = 1e-5
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule="constant", weight_decay=0.1)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute the same training. Without a mesh on one device; rows: of one device at once."""
+
+    row_length: int = 256
+    rows: int = 1
+    packed: bool = True
+    share_prompt: bool = True
+    mesh: MeshConfig | None = None
+    remat: Remat = "none"
+
+
+class Outcome(NamedTuple):
+    """Losses and gradient norms of each step, the last weights and first moments, the reference's log-probs."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: Any
+    moments: Any
+    table: np.ndarray
+    microbatches: int
+
+
+def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarray, table: np.ndarray | None) -> Outcome:
+    """Three steps on one batch. The reference is computed the same way, unless given, and shifted by `offset`."""
+    alone = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    layout = Layout(alone if way.mesh is None else make_mesh(way.mesh))
+    scorer = Scorer(
+        "float32", way.remat, head_chunk(way.row_length, way.rows), layout.constrain, layout.gather_embedding
+    )
+    packing = Packing(way.row_length, way.rows * layout.batch_devices, way.packed, way.share_prompt)
+
+    def put(batch: HostBatch) -> DeviceBatch:
+        return DeviceBatch(*(jax.device_put(f, layout.rows if f.ndim > 1 else layout.replicated) for f in batch))
+
+    weights = jax.device_put(decoder, layout.decoder(decoder.config, decoder))
+    if table is None:
+        table = completion_logps(weights, examples, scorer, packing, put)(range(len(examples)))
+    optimizer = make_optimizer(OPTIMIZER, decoder.config, STEPS, 1.0)
+    step = jax.jit(make_train_step(DPO(), scorer, optimizer), donate_argnums=0)
+    start = jax.device_put(np.int32(0), layout.replicated)
+    batch = pack(examples, (table + offset).astype(np.float32), packing)[0]
+    state = TrainState(start, weights, jax.jit(optimizer.init)(weights))
+    losses, norms = [], []
+    for _ in range(STEPS):
+        state, result = step(state, put(batch))
+        losses.append(float(result.metrics["loss"].sum) / len(examples))
+        norms.append(float(result.grad_norm))
+    moments = optax.tree.get(state.optimizer, "mu")
+    last = jax.tree.map(np.asarray, (state.decoder, moments))
+    return Outcome(losses, norms, *last, table, int(batch.num_microbatches))
+
+
+def distances(a: Any, b: Any) -> dict[str, float]:
+    """The relative distance, in norm, of each tensor of two trees."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True)
+    return {jax.tree_util.keystr(path): float(np.linalg.norm(x - y) / np.linalg.norm(y)) for (path, x), y in pairs}
+
+
+def check_same(found: Outcome, wanted: Outcome) -> None:
+    np.testing.assert_allclose(found.table, wanted.table, rtol=TOLERANCE)
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=TOLERANCE)
+    np.testing.assert_allclose(found.grad_norms, wanted.grad_norms, rtol=TOLERANCE)
+    for a, b in ((found.weights, wanted.weights), (found.moments, wanted.moments)):
+        apart = distances(a, b)
+        assert max(apart.values()) < TOLERANCE, apart
+
+
+def offset_of(examples: list[Example]) -> np.ndarray:
+    """As if the policy had been trained a while: margins that are not zero, a different one for each pair."""
+    return np.random.default_rng(4).normal(scale=8.0, size=(len(examples), 2))
+
+
+BASE = Way()
+
+
+@pytest.fixture(scope="module")
+def base(small_decoder: Decoder, pairs: list[Example]) -> Outcome:
+    outcome = train(small_decoder, pairs, BASE, offset_of(pairs), None)
+    assert outcome.microbatches == 4
+    return outcome
+
+
+def test_the_comparison_is_of_a_training_that_moves(base: Outcome, small_decoder: Decoder) -> None:
+    """Losses fall and every tensor is hundreds of tolerances away from where it began."""
+    assert base.losses[0] > base.losses[1] > base.losses[2]
+    assert base.losses[0] - base.losses[2] > 100 * TOLERANCE
+    assert min(distances(base.weights, small_decoder).values()) > 10 * TOLERANCE
+
+
+ONE_DEVICE = {
+    "rows of 128": (Way(row_length=128), 8),
+    "rows of 512": (Way(row_length=512), 2),
+    "padded": (Way(packed=False), 16),
+    "prompts duplicated": (Way(share_prompt=False), 5),
+    "padded and duplicated": (Way(packed=False, share_prompt=False, rows=2), 8),
+    "2 microbatches": (Way(rows=2), 2),
+    "1 microbatch": (Way(rows=4), 1),
+    "rematerialised": (Way(remat="full"), 4),
+}
+
+
+@pytest.mark.parametrize("name", ONE_DEVICE)
+def test_one_device(name: str, small_decoder: Decoder, pairs: list[Example], base: Outcome) -> None:
+    way, microbatches = ONE_DEVICE[name]
+    found = train(small_decoder, pairs, way, offset_of(pairs), None)
+    assert found.microbatches == microbatches
+    check_same(found, base)
+
+
+@contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Without the compilation cache on disk: what XLA has to say it says when it compiles."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
+WARNING = "Involuntary full rematerialization"
+MESHES = {
+    "data 8": MeshConfig(data=8, fsdp=1, tensor=1),
+    "fsdp 8": MeshConfig(data=1, fsdp=8, tensor=1),
+    "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "data 2, tensor 4": MeshConfig(data=2, fsdp=1, tensor=4),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices(
+    name: str, small_decoder: Decoder, pairs: list[Example], base: Outcome, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same training, and no activation moved whole between devices, which XLA tells on stderr."""
+    capfd.readouterr()
+    with compiled_anew():
+        found = train(small_decoder, pairs, replace(BASE, row_length=128, mesh=MESHES[name]), offset_of(pairs), None)
+    printed = capfd.readouterr().err
+    assert WARNING not in printed
+    check_same(found, base)
+
+
+def test_a_rematerialisation_would_be_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    """A lookup in a table split along its width, as it would be without `Layout.gather_embedding`."""
+    layout = Layout(make_mesh(MESHES["data 2, fsdp 2, tensor 2"]))
+    at = NamedSharding(layout.mesh, PartitionSpec("tensor", "fsdp"))
+    table = jax.device_put(np.ones((96, 32), np.float32), at)
+    tokens = jax.device_put(np.zeros((1, 8, 128), np.int32), layout.rows)
+    capfd.readouterr()
+    with compiled_anew():
+        jax.jit(lambda table, tokens: layout.constrain(table[tokens[0]])).lower(table, tokens).compile()
+    assert WARNING in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def stories(shared: Path) -> Decoder:
+    return jax.tree.map(np.asarray, load(shared / "models" / "stories260k"))
+
+
+@pytest.fixture(scope="module")
+def long_pairs() -> list[Example]:
+    """Six pairs of 200 to 500 tokens, 2,048 in all with little to spare."""
+    rng = np.random.default_rng(8)
+
+    def ids(n: int) -> np.ndarray:
+        return rng.integers(3, 512, n, dtype=np.int32)
+
+    lengths = [(150, 200, 90), (60, 120, 130), (200, 60, 70), (40, 150, 110), (100, 90, 30), (120, 100, 150)]
+    return [Example(f"long:{n}", ids(p), (ids(c), ids(r))) for n, (p, c, r) in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def long_base(stories: Decoder, long_pairs: list[Example]) -> Outcome:
+    outcome = train(stories, long_pairs, Way(row_length=2048), offset_of(long_pairs), None)
+    assert outcome.microbatches == 1
+    return outcome
+
+
+REAL = {
+    "rows of 512": (Way(row_length=512), 5),
+    "rows of 1024": (Way(row_length=1024), 2),
+    "2 x 2 x 2 devices": (Way(row_length=512, mesh=MESHES["data 2, fsdp 2, tensor 2"]), 2),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_model(name: str, stories: Decoder, long_pairs: list[Example], long_base: Outcome) -> None:
+    """stories260k in rows as long as real ones."""
+    way, microbatches = REAL[name]
+    found = train(stories, long_pairs, way, offset_of(long_pairs), long_base.table if way.mesh else None)
+    assert found.microbatches == microbatches
+    check_same(found, long_base)

@@ -1,0 +1,263 @@
+"""The loop: what is logged, evaluated and saved when; stopping, resuming, and numbers that are not finite."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxpo.batch import DeviceBatch, Example, HostBatch
+from jaxpo.config import OptimizerConfig, TrainingConfig
+from jaxpo.data.loader import Step
+from jaxpo.data.pack import Packing, pack
+from jaxpo.errors import UserError
+from jaxpo.models.decoder import Decoder
+from jaxpo.objectives import DPO
+from jaxpo.objectives.score import Scorer
+from jaxpo.training.checkpoint import Checkpoints
+from jaxpo.training.loop import TERMINATED, Loop, Progress, train
+from jaxpo.training.metrics import JsonLines, read
+from jaxpo.training.optimizer import learning_rate, make_optimizer
+from jaxpo.training.step import StepResult, TrainState, make_train_step
+
+PACKING = Packing(row_length=128, rows=2, microbatches=4)
+STEPS, BATCH = 6, 4
+TrainStep = Callable[[TrainState, DeviceBatch], tuple[TrainState, StepResult]]
+
+
+def put(batch: HostBatch) -> DeviceBatch:
+    return DeviceBatch(*map(jax.device_put, batch))
+
+
+def optimizer(decoder: Decoder, rate: float) -> tuple[OptimizerConfig, Any]:
+    config = OptimizerConfig(learning_rate=rate, schedule="linear")
+    return config, make_optimizer(config, decoder.config, STEPS, 1.0)
+
+
+def make_step(decoder: Decoder, rate: float) -> TrainStep:
+    return jax.jit(
+        make_train_step(DPO(), Scorer("float32", "none", 128), optimizer(decoder, rate)[1]), donate_argnums=0
+    )
+
+
+@pytest.fixture(scope="module")
+def step(small_decoder: Decoder) -> TrainStep:
+    return make_step(small_decoder, 1e-3)
+
+
+@dataclass
+class Trial:
+    """A run of six steps, one epoch, in a folder; it can be ended and begun again. Tests change what they need."""
+
+    folder: Path
+    decoder: Decoder
+    examples: list[Example]
+    step: TrainStep
+    table: np.ndarray
+    config: TrainingConfig
+    log_every: int = 2
+    evaluations: list[int] = field(default_factory=list)
+    evaluating: bool = True
+    before_step: Callable[[int], None] = lambda n: None
+
+    def batches(self, first: int) -> Iterator[Step]:
+        for n in range(first, STEPS):
+            self.before_step(n + 1)
+            chosen = list(range(n * BATCH, (n + 1) * BATCH))
+            yield Step(chosen, pack([self.examples[i] for i in chosen], self.table[chosen], PACKING)[0])
+
+    def run(self) -> TrainState:
+        """From the start or from the last checkpoint, as a process does."""
+        settings, transform = optimizer(self.decoder, 1e-3)
+        weights = jax.tree.map(jnp.array, self.decoder)
+        state = TrainState(jax.device_put(np.int32(0)), weights, jax.jit(transform.init)(weights))
+        progress = Progress()
+        with Checkpoints(self.folder, self.config) as checkpoints:
+            first = checkpoints.latest() or 0
+            if first:
+                state, saved = checkpoints.restore(first, state)
+                progress = Progress(**saved)
+            sink = JsonLines(self.folder, first)
+
+            def evaluate(decoder: Decoder) -> dict[str, Any]:
+                self.evaluations.append(1)
+                return {"eval_norm": float(jnp.square(decoder.embedding[...]).sum())}
+
+            loop = Loop(
+                config=self.config,
+                folder=self.folder,
+                num_steps=STEPS,
+                log_every=self.log_every,
+                steps_per_epoch=STEPS,
+                step=self.step,
+                put=put,
+                batches=self.batches,
+                example_id=lambda i: self.examples[i].id,
+                evaluate=evaluate if self.evaluating else None,
+                learning_rate=learning_rate(settings, STEPS),
+                checkpoints=checkpoints,
+                sinks=[sink],
+            )
+            try:
+                return train(loop, state, first, progress)
+            finally:
+                sink.close()
+
+    @property
+    def saved(self) -> list[int]:
+        return sorted(int(p.name) for p in (self.folder / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+@pytest.fixture
+def trial(tmp_path: Path, small_decoder: Decoder, pairs: list[Example], step: TrainStep) -> Trial:
+    examples = [*pairs, *pairs[:8]]
+    table = np.random.default_rng(1).normal(-60, 5, (len(examples), 2)).astype(np.float32)
+    return Trial(tmp_path, small_decoder, examples, step, table, TrainingConfig(eval_every=3, save_every=2))
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def undated(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what depends on the clock."""
+    return [{k: v for k, v in r.items() if k not in ("pairs_per_s", "tokens_per_s")} for r in records]
+
+
+def test_what_happens_when(trial: Trial) -> None:
+    """Logged every 2 steps, evaluated every 3 and before and after, saved every 2 and at the end."""
+    state = trial.run()
+    records = read(trial.folder)
+    assert [r["step"] for r in records] == [0, 2, 3, 4, 6]
+    assert [r["step"] for r in records if "loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in records if "eval_norm" in r] == [0, 3, 6]
+    assert len(trial.evaluations) == 3
+    assert trial.saved == [2, 4, 6]
+    assert int(state.step) == STEPS
+    logged = [r for r in records if "loss" in r]
+    # The rate that step n was made with, of a straight line from 1e-3 to 0 in 6 steps.
+    assert [r["learning_rate"] for r in logged] == pytest.approx([1e-3 * (1 - (n - 1) / 6) for n in (2, 4, 6)])
+    assert [r["epoch"] for r in logged] == [2 / 6, 4 / 6, 1.0]
+    assert all(r["grad_norm"] > 0 and r["pairs_per_s"] > 0 and 0 < r["padding_fraction"] < 1 for r in logged)
+
+
+def test_a_logged_line_is_the_mean_over_the_steps_since_the_last(trial: Trial, tmp_path: Path) -> None:
+    trial.run()
+    every = replace(trial, folder=tmp_path / "every", log_every=1)
+    every.folder.mkdir()
+    every.run()
+    singles = {r["step"]: r for r in read(every.folder) if "loss" in r}
+    for record in (r for r in read(trial.folder) if "loss" in r):
+        n = record["step"]
+        for name in ("loss", "rewards/margins", "logps/chosen"):
+            assert record[name] == pytest.approx((singles[n - 1][name] + singles[n][name]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6])
+def test_sigterm_saves_and_exits_and_the_same_command_goes_on(trial: Trial, tmp_path: Path, at: int) -> None:
+    """The signal comes while step `at` is prepared; ended and resumed, the run equals a whole one bit for bit."""
+    whole = replace(trial, folder=tmp_path / "whole")
+    whole.folder.mkdir()
+    expected = whole.run()
+
+    ended = replace(trial, before_step=lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == at else None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        ended.run()
+    assert caught.value.code == TERMINATED == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert trial.saved[-1] == at
+    assert same_bits(trial.run(), expected)
+    assert undated(read(trial.folder))[-1] == undated(read(whole.folder))[-1]
+    assert [r["step"] for r in read(trial.folder)] == [r["step"] for r in read(whole.folder)]
+
+
+def test_a_run_that_is_resumed_after_its_last_step_changes_nothing(trial: Trial) -> None:
+    expected, records = trial.run(), read(trial.folder)
+    assert same_bits(trial.run(), expected)
+    assert read(trial.folder) == records
+
+
+@pytest.mark.parametrize("rate", [None, 1e30], ids=["poisoned reference", "huge learning rate"])
+def test_a_loss_that_is_not_finite_ends_the_run(trial: Trial, small_decoder: Decoder, rate: float | None) -> None:
+    """Poison: example 9, which step 3 sees. A huge rate: step 1 is sane, its weights are not, step 2 shows it."""
+    poisoned = trial.table.copy()
+    if rate is None:
+        poisoned[9, 1] = np.nan
+    config = replace(trial.config, save_every=1, eval_every=None)
+    trial = replace(trial, table=poisoned, config=config, evaluating=False)
+    if rate is not None:
+        trial.step = make_step(small_decoder, rate)
+    bad = 3 if rate is None else 2
+    with pytest.raises(UserError) as caught:
+        trial.run()
+    text = str(caught.value)
+    assert text.startswith(f"step {bad} gave a loss of ")
+    chosen = [trial.examples[(bad - 1) * BATCH + i].id for i in range(BATCH)]
+    assert f"Its examples are {', '.join(chosen)} (all of them in {trial.folder / 'nonfinite.json'})" in text
+    assert f"The last good checkpoint is {trial.folder / 'checkpoints' / str(bad - 1)}." in text
+    assert trial.saved == list(range(1, bad))
+    details = json.loads((trial.folder / "nonfinite.json").read_text())
+    assert details["step"] == bad
+    assert details["examples"] == chosen
+
+
+@pytest.mark.parametrize("bad", [1, 2, 3, 4, 5, 6])
+def test_no_checkpoint_of_a_bad_state_is_written(trial: Trial, bad: int) -> None:
+    """Wherever the bad step falls between two checkpoints, all that is saved is from before it."""
+    trial.table[(bad - 1) * BATCH] = np.inf
+    with pytest.raises(UserError, match=f"^step {bad} gave"):
+        trial.run()
+    assert all(n < bad for n in trial.saved)
+    if bad <= 2:
+        with pytest.raises(UserError, match="No checkpoint was saved yet"):
+            trial.run()
+
+
+def test_a_best_metric_that_is_not_evaluated_is_told_before_the_first_step(trial: Trial) -> None:
+    seen: list[int] = []
+    config = replace(trial.config, best_metric="eval_accuracy")
+    with pytest.raises(UserError, match=r"training\.best_metric is 'eval_accuracy'.*eval_norm"):
+        replace(trial, config=config, before_step=seen.append).run()
+    assert seen == []
+
+
+def test_each_evaluated_step_is_saved_where_the_best_is_to_be_kept(trial: Trial) -> None:
+    config = replace(trial.config, best_metric="eval_norm", best_mode="max", save_every=4, keep_checkpoints=1)
+    replace(trial, config=config).run()
+    norms = {r["step"]: r["eval_norm"] for r in read(trial.folder) if "eval_norm" in r and r["step"]}
+    assert trial.saved == sorted({max(norms, key=lambda n: norms[n]), 6})
+
+
+def test_progress_comes_back_from_json_as_it_was() -> None:
+    progress = Progress(
+        examples=3,
+        tokens=1 << 40,
+        places=1 << 41,
+        steady_seconds=0.1 + 0.2,
+        seconds={"train": 1 / 3, "data": 2.0},
+        window={"loss": [1.1, 3.0]},
+    )
+    assert Progress(**json.loads(json.dumps(asdict(progress)))) == progress
+
+
+def test_progress_of_a_resumed_run_adds_its_seconds() -> None:
+    earlier = Progress(examples=8, tokens=90, places=100, seconds={"train": 2.0, "load": 1.0})
+    now = Progress(seconds={"load": 0.5, "data": 0.25})
+    after = now.after(earlier)
+    assert after == replace(earlier, seconds={"train": 2.0, "load": 1.5, "data": 0.25})
+    assert after.padding == pytest.approx(0.1)
+    assert Progress().rates() == {"pairs_per_s": None, "tokens_per_s": None, "padding_fraction": None}
+
+
+def test_rates_are_per_second_of_steady_training() -> None:
+    progress = Progress(tokens=50, places=200, steady_examples=30, steady_tokens=900, steady_seconds=1.5)
+    assert progress.rates() == {"pairs_per_s": 20.0, "tokens_per_s": 600.0, "padding_fraction": 0.75}
