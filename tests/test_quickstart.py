@@ -75,3 +75,11 @@ def test_transformers_loads_the_export_and_continues_as_the_samples_do(quickstar
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
         answer = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :]
         assert tokenizer.decode(answer, skip_special_tokens=True) == after
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid_and_says_its_command(config: Path) -> None:
+    from jaxpo import config_file
+
+    config_file.load(config)
+    assert f"python -m jaxpo.launch train configs/{config.name}" in config.read_text(encoding="utf-8")

@@ -41,6 +41,7 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "max_position_embeddings",
     "sliding_window",
     "n_embd",
     "n_layer",

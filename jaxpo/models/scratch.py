@@ -13,7 +13,7 @@ from jaxpo.models import families
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder
 
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
 class Scratch(NamedTuple):
@@ -37,7 +37,9 @@ def configure(
     """
     family = families.family(architecture, source)
     model_type = architecture["model_type"]
-    known = {*AutoConfig.for_model(model_type).to_dict(), *AutoConfig.for_model(model_type).attribute_map, *ROPE_KEYS}
+    defaults = AutoConfig.for_model(model_type)
+    known = {*defaults.to_dict(), *defaults.attribute_map}
+    known |= ROPE_KEYS if "rope_parameters" in known else set()
     for key in architecture:
         if key in FROM_TOKENIZER:
             raise UserError(f"{source}: found {key}; it comes from the tokenizer, leave it out.")
