@@ -14,7 +14,7 @@ from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.models.export import export
 from jaxpo.prepare import INIT, at_stage
-from jaxpo.run import CONFIG
+from jaxpo.run_folder import CONFIG
 from jaxpo.training import checkpoint as training_checkpoint
 from jaxpo.training.mesh import Layout, make_mesh
 

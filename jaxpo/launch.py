@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from jaxpo.errors import UserError
 
     _set_environment()
+    _quieten()
     try:
         known.call(known)
         sys.stdout.flush()
@@ -272,6 +273,24 @@ def _set_environment() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _quieten() -> None:
+    """Leave it to UserErrors to tell what goes wrong in a read: orbax and asyncio would tell it too, with tracebacks.
+
+    When one of orbax's many reads fails, the others are given up; each reports then that nobody waits for it any more.
+    """
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    others = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            others(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _paragraph(text: str) -> str:

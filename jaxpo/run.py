@@ -2,12 +2,9 @@
 
 import dataclasses
 import json
-import re
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from filelock import FileLock, Timeout
 
-from jaxpo import atomic, config_file, console
+from jaxpo import atomic, console, run_folder
 from jaxpo.config import Run
 from jaxpo.data import inspect, loader
 from jaxpo.errors import UserError
@@ -26,7 +22,8 @@ from jaxpo.evaluation import plots, report
 from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.models.export import export
 from jaxpo.models.generate import greedy
-from jaxpo.prepare import INIT, Parts, References, at_stage, prepare, references
+from jaxpo.prepare import Parts, References, at_stage, prepare, references
+from jaxpo.run_folder import EXPORT, SAMPLES, SUMMARY, claim
 from jaxpo.training import loop, metrics
 from jaxpo.training.checkpoint import Checkpoints, latest_step
 from jaxpo.training.evaluate import PREFIX, make_evaluation
@@ -34,29 +31,6 @@ from jaxpo.training.loop import Loop, Progress
 from jaxpo.training.metrics import Record
 from jaxpo.training.optimizer import learning_rate, make_optimizer
 from jaxpo.training.step import TrainState, make_evaluation_step, make_train_step
-
-CONFIG = "config.yaml"
-SUMMARY = "summary.json"
-SAMPLES = "samples.json"
-EXPORT = "export"
-
-# What a resumed run may change: it decides speed, memory, places or what is logged, never what is learnt.
-FREE = (
-    "output_dir",
-    "logging",
-    "mesh",
-    "data.workers",
-    "data.cache_dir",
-    "reference.cache_dir",
-    "model.remat",
-    "training.row_length",
-    "training.rows_per_device",
-    "training.packing",
-    "training.share_prompt",
-    "training.eval_every",
-    "training.save_every",
-    "training.keep_checkpoints",
-)
 
 
 def train(run: Run) -> Path:
@@ -115,77 +89,11 @@ def train_one(run: Run, folder: Path) -> None:
     progress = Progress()
     with progress.timed("data"):
         parts = prepare(run, folder)
+        run_folder.check_same_data(folder, parts, resumed=latest_step(folder) is not None)
         write_dropped(parts, folder)
     with Checkpoints(folder, run.training) as checkpoints:
         trained = course(parts, folder, checkpoints, progress)
         finish(parts, folder, checkpoints, trained)
-
-
-@contextmanager
-def claim(folder: Path, run: Run) -> Iterator[None]:
-    """Hold the run's folder against other processes, and see that what is in it belongs to this run."""
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / ".lock", timeout=0))
-            check_same_run(folder, run)
-            atomic.write_text(folder / CONFIG, config_file.dump(run))
-        except Timeout:
-            raise UserError(
-                f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
-            ) from None
-        except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
-        yield
-
-
-def check_same_run(folder: Path, run: Run) -> None:
-    """Raise UserError if the folder holds something else than this run: nothing that was learnt is overwritten."""
-    if not (folder / CONFIG).exists():
-        names = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, "stages"))
-        # A run that was killed while it wrote its config has left the half of it under such a name.
-        foreign = [name for name in names if not name.startswith(f".{CONFIG}.")]
-        if foreign:
-            raise UserError(
-                f"output_dir {folder} holds {', '.join(foreign[:4])} but no {CONFIG}, so it is no run of jaxpo; "
-                "expected a new or empty folder."
-            )
-        return
-    written = config_file.load(folder / CONFIG)
-    if not (folder / SUMMARY).exists() and latest_step(folder) is None:
-        # A run that has come to nothing yet, because of a mistake in its config perhaps, may begin anew.
-        if config_file.dump(written) != (folder / CONFIG).read_text(encoding="utf-8"):
-            raise UserError(
-                f"output_dir {folder} holds a {CONFIG} that no run of jaxpo wrote, and it would be overwritten; "
-                "expected a new or empty folder."
-            )
-        return
-    before = flat(config_file.as_mapping(written))
-    now = flat(config_file.as_mapping(run))
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not is_free(key)
-    ]
-    if changed:
-        raise UserError(
-            f"output_dir {folder} holds a run with another config: {'; '.join(changed)}. Expected the same config, to "
-            "go on with that run, or another output_dir."
-        )
-
-
-def is_free(key: str) -> bool:
-    """Whether a key is one of FREE, of the run itself or of a stage."""
-    key = re.sub(r"^stages\.[^.]+\.", "", key)
-    return any(key == free or key.startswith(free + ".") for free in FREE)
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
-    return {key: item for part in parts for key, item in part.items()}
 
 
 class Trained(NamedTuple):
@@ -195,7 +103,6 @@ class Trained(NamedTuple):
     steps: int
     progress: Progress
     references: References
-    evaluate: Callable[[Decoder], Record] | None
 
 
 def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progress) -> Trained:
@@ -272,7 +179,7 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     finally:
         for sink in sinks:
             sink.close()
-    return Trained(state, steps, progress, table, evaluate)
+    return Trained(state, steps, progress, table)
 
 
 def abstract_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:

@@ -365,6 +365,17 @@ def test_other_samples_are_refused(train: Train):
         train("dpo", "samples.prompts=2")
 
 
+def test_other_rows_under_the_same_name_are_refused(train: Train, tiny: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(tiny / "dpo.jsonl", rows)
+    stop(train, 2, f"data.train.0.path={rows}")
+    rows.write_text(rows.read_text(encoding="utf-8").replace("?", "!", 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"other rows.*data\.train\.0 \(.*rows\.jsonl\) changed"):
+        train("dpo", f"data.train.0.path={rows}")
+    shutil.copy(tiny / "dpo.jsonl", rows)
+    train("dpo", f"data.train.0.path={rows}")
+
+
 def test_a_stopped_run_that_was_moved_goes_on(train: Train, finished: Path, tmp_path: Path, tiny: Path):
     stop(train, 4)
     (tmp_path / "elsewhere").mkdir()

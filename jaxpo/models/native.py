@@ -3,6 +3,7 @@
 Weights lie in it as a decoder has them, stacked by layer, so that every device of a mesh reads just its own part.
 """
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,9 +12,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxpo.errors import UserError
+from jaxpo.models.checksums import check_sums, checksums
 from jaxpo.models.decoder import Decoder, map_params
 
 WEIGHTS = "weights"
+CHECKSUMS = "weights.checksums.json"
 
 
 def is_native(folder: Path) -> bool:
@@ -55,6 +58,7 @@ def write(decoder: Decoder, small_files: list[Path], folder: Path) -> None:
             shutil.copyfile(file, partial / file.name)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / WEIGHTS).absolute(), by_path(decoder))
+        (partial / CHECKSUMS).write_text(json.dumps(checksums(by_path(decoder)), indent=1), encoding="utf-8")
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,18 +66,23 @@ def write(decoder: Decoder, small_files: list[Path], folder: Path) -> None:
 
 def read(folder: Path, abstract: Decoder) -> Decoder:
     """The decoder with the shapes, dtypes and shardings of `abstract`'s leaves."""
+    dtype = stored_dtype(folder)
+    stored = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding), by_path(abstract))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore((folder / WEIGHTS).absolute(), by_path(abstract))
+            params = checkpointer.restore((folder / WEIGHTS).absolute(), stored)
+        check_sums(params, json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
     except Exception as error:  # orbax raises all kinds, Exception itself among them
         raise _unreadable(folder, error) from error
-    return map_params(lambda path, _: params[path], abstract)
+    return map_params(lambda path, leaf: params.pop(path).astype(leaf.dtype), abstract)
 
 
 def _unreadable(folder: Path, error: Exception) -> UserError:
+    # orbax logs the reason in place of raising it where not even the list of arrays can be read.
+    reason = " ".join(str(error).split())[:300].rstrip(".") or "it lists no arrays"
     return UserError(
-        f"{folder / WEIGHTS} cannot be read as the weights that {folder / 'config.json'} describes: "
-        f"{' '.join(str(error).split())[:300]}. Convert the model again with `convert from-hf`."
+        f"{folder / WEIGHTS} cannot be read as the weights that {folder / 'config.json'} describes: {reason}. Convert "
+        "the model again with `convert from-hf`."
     )
 
 

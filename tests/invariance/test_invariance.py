@@ -29,7 +29,7 @@ from jaxpo.training.step import TrainState, make_train_step
 STEPS = 3
 # AdamW's first updates are nearly the signs of the gradients: where a gradient is rounding noise, its sign is chance,
 # and a weight moves by the whole learning rate up or down. So weights are compared in norm, tensor by tensor, at a
-# learning rate as people use it; an update that is wrong by a hundredth would show. The gradients themselves are
+# learning rate as people use it; an update that is wrong by a few hundredths would show. The gradients themselves are
 # compared through AdamW's first moment, a linear function of them.
 TOLERANCE = 1e-5
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, schedule="constant", weight_decay=0.1)

@@ -17,8 +17,9 @@ import pytest
 
 from jaxpo.config import MeshConfig, OptimizerConfig, TrainingConfig
 from jaxpo.errors import UserError
+from jaxpo.models.checksums import checksum
 from jaxpo.models.decoder import Decoder, abstract_decoder
-from jaxpo.training.checkpoint import FOLDER, Checkpoints, checksum, latest_step, restore_decoder, seal
+from jaxpo.training.checkpoint import FOLDER, Checkpoints, latest_step, restore_decoder, seal
 from jaxpo.training.loop import Progress
 from jaxpo.training.mesh import Layout, make_mesh
 from jaxpo.training.optimizer import make_optimizer

@@ -127,6 +127,11 @@ def same_bits(a: Any, b: Any) -> bool:
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [dict(record) for record in read(folder)]
+
+
 def undated(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without what depends on the clock."""
     return [{k: v for k, v in r.items() if k not in ("pairs_per_s", "tokens_per_s")} for r in records]
@@ -135,7 +140,7 @@ def undated(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_what_happens_when(trial: Trial) -> None:
     """Logged every 2 steps, evaluated every 3 and before and after, saved every 2 and at the end."""
     state = trial.run()
-    records = read(trial.folder)
+    records = lines(trial.folder)
     assert [r["step"] for r in records] == [0, 2, 3, 4, 6]
     assert [r["step"] for r in records if "loss" in r] == [2, 4, 6]
     assert [r["step"] for r in records if "eval_norm" in r] == [0, 3, 6]
@@ -154,8 +159,8 @@ def test_a_logged_line_is_the_mean_over_the_steps_since_the_last(trial: Trial, t
     every = replace(trial, folder=tmp_path / "every", log_every=1)
     every.folder.mkdir()
     every.run()
-    singles = {r["step"]: r for r in read(every.folder) if "loss" in r}
-    for record in (r for r in read(trial.folder) if "loss" in r):
+    singles = {r["step"]: r for r in lines(every.folder) if "loss" in r}
+    for record in (r for r in lines(trial.folder) if "loss" in r):
         n = record["step"]
         for name in ("loss", "rewards/margins", "logps/chosen"):
             assert record[name] == pytest.approx((singles[n - 1][name] + singles[n][name]) / 2, rel=1e-5)
@@ -176,14 +181,14 @@ def test_sigterm_saves_and_exits_and_the_same_command_goes_on(trial: Trial, tmp_
     assert signal.getsignal(signal.SIGTERM) == before
     assert trial.saved[-1] == at
     assert same_bits(trial.run(), expected)
-    assert undated(read(trial.folder))[-1] == undated(read(whole.folder))[-1]
-    assert [r["step"] for r in read(trial.folder)] == [r["step"] for r in read(whole.folder)]
+    assert undated(lines(trial.folder))[-1] == undated(lines(whole.folder))[-1]
+    assert [r["step"] for r in lines(trial.folder)] == [r["step"] for r in lines(whole.folder)]
 
 
 def test_a_run_that_is_resumed_after_its_last_step_changes_nothing(trial: Trial) -> None:
-    expected, records = trial.run(), read(trial.folder)
+    expected, records = trial.run(), lines(trial.folder)
     assert same_bits(trial.run(), expected)
-    assert read(trial.folder) == records
+    assert lines(trial.folder) == records
 
 
 @pytest.mark.parametrize("rate", [None, 1e30], ids=["poisoned reference", "huge learning rate"])
@@ -233,7 +238,7 @@ def test_a_best_metric_that_is_not_evaluated_is_told_before_the_first_step(trial
 def test_each_evaluated_step_is_saved_where_the_best_is_to_be_kept(trial: Trial) -> None:
     config = replace(trial.config, best_metric="eval_norm", best_mode="max", save_every=4, keep_checkpoints=1)
     replace(trial, config=config).run()
-    norms = {r["step"]: r["eval_norm"] for r in read(trial.folder) if "eval_norm" in r and r["step"]}
+    norms = {r["step"]: r["eval_norm"] for r in lines(trial.folder) if "eval_norm" in r and r["step"]}
     assert trial.saved == sorted({max(norms, key=lambda n: norms[n]), 6})
 
 

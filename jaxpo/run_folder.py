@@ -1,0 +1,125 @@
+"""A run's folder: what lies in it, and whose it is. Nothing that was learnt is overwritten."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jaxpo import atomic, config_file
+from jaxpo.config import Run
+from jaxpo.errors import UserError
+from jaxpo.prepare import INIT, Parts
+from jaxpo.training.checkpoint import latest_step
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+SAMPLES = "samples.json"
+EXPORT = "export"
+INPUTS = "inputs.json"
+
+# What a resumed run may change: it decides speed, memory, places or what is logged, never what is learnt.
+FREE = (
+    "output_dir",
+    "logging",
+    "mesh",
+    "data.workers",
+    "data.cache_dir",
+    "reference.cache_dir",
+    "model.remat",
+    "training.row_length",
+    "training.rows_per_device",
+    "training.packing",
+    "training.share_prompt",
+    "training.eval_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+)
+
+
+@contextmanager
+def claim(folder: Path, run: Run) -> Iterator[None]:
+    """Hold the run's folder against other processes, and see that what is in it belongs to this run."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / ".lock", timeout=0))
+            check_same_run(folder, run)
+            atomic.write_text(folder / CONFIG, config_file.dump(run))
+        except Timeout:
+            raise UserError(
+                f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
+            ) from None
+        except OSError as error:
+            raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
+        yield
+
+
+def check_same_run(folder: Path, run: Run) -> None:
+    """Raise UserError if the folder holds something else than this run: nothing that was learnt is overwritten."""
+    if not (folder / CONFIG).exists():
+        names = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, "stages"))
+        # A run that was killed while it wrote its config has left the half of it under such a name.
+        foreign = [name for name in names if not name.startswith(f".{CONFIG}.")]
+        if foreign:
+            raise UserError(
+                f"output_dir {folder} holds {', '.join(foreign[:4])} but no {CONFIG}, so it is no run of jaxpo; "
+                "expected a new or empty folder."
+            )
+        return
+    written = config_file.load(folder / CONFIG)
+    if not (folder / SUMMARY).exists() and latest_step(folder) is None:
+        # A run that has come to nothing yet, because of a mistake in its config perhaps, may begin anew.
+        if config_file.dump(written) != (folder / CONFIG).read_text(encoding="utf-8"):
+            raise UserError(
+                f"output_dir {folder} holds a {CONFIG} that no run of jaxpo wrote, and it would be overwritten; "
+                "expected a new or empty folder."
+            )
+        return
+    before = flat(config_file.as_mapping(written))
+    now = flat(config_file.as_mapping(run))
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not is_free(key)
+    ]
+    if changed:
+        raise UserError(
+            f"output_dir {folder} holds a run with another config: {'; '.join(changed)}. Expected the same config, to "
+            "go on with that run, or another output_dir."
+        )
+
+
+def is_free(key: str) -> bool:
+    """Whether a key is one of FREE, of the run itself or of a stage."""
+    key = re.sub(r"^stages\.[^.]+\.", "", key)
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    parts = (flat(item, f"{prefix}.{key}" if prefix else key) for key, item in value.items())
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def check_same_data(folder: Path, parts: Parts, resumed: bool) -> None:
+    """Remember the training data's token ids in inputs.json; raise UserError if a resumed run was trained on others."""
+    path = folder / INPUTS
+    now = {f"data.train.{i}": source.fingerprint for i, source in enumerate(parts.train.sources)}
+    if resumed and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} ({parts.run.data.train[i].path})" for i, key in enumerate(now) if before.get(key) != now[key]
+        ]
+        if changed:
+            raise UserError(
+                f"output_dir {folder} holds a run that has been trained on other rows, or on the same ones tokenised "
+                f"otherwise: {', '.join(changed)} changed since. Expected the data as it was, or another output_dir."
+            )
+        return
+    atomic.write_text(path, json.dumps(now, indent=1))
