@@ -137,6 +137,23 @@ def check_vocabulary(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, checkpo
             )
 
 
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerFast, path: str, revision: str | None) -> None:
+    """Raise UserError if the reference model at `path` was trained with other token ids: its log-probs mean nothing."""
+    if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "tokenizer.json").is_file():
+        return
+    ours, theirs = tokenizer.get_vocab(), load_tokenizer(path, revision).get_vocab()
+    shared = ours.keys() & theirs.keys()
+    moved = next((token for token in sorted(shared) if ours[token] != theirs[token]), None)
+    if moved is not None or 2 * len(shared) < len(ours):
+        found = (
+            "it shares few of its tokens" if moved is None else f"{moved!r} is {theirs[moved]} and not {ours[moved]}"
+        )
+        raise UserError(
+            f"reference.path is {path}, whose tokenizer is not that of the model to train: {found}. Expected a reference "
+            "model with the same token ids."
+        )
+
+
 def corpus(run: Run, wanted: tuple[DataSource, ...], tokenizer: PreTrainedTokenizerFast) -> Corpus:
     """Tokenised sources, each from the cache or made now."""
     K = run.objective.num_completions
@@ -236,6 +253,8 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
         return References(None, None, 0, 0)
     path = run.reference.path
     checkpoint = parts.checkpoint if path is None else read_checkpoint(path, run.reference.revision)
+    if path is not None:
+        check_same_tokenizer(parts.tokenizer, path, run.reference.revision)
     for one in parts.corpora:
         check_positions(one, checkpoint)
         check_vocabulary(one, parts.tokenizer, checkpoint)

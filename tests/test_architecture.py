@@ -21,7 +21,7 @@ ORDER = [
     ["jaxpo.reference"],
     ["jaxpo.training"],
     ["jaxpo.evaluation"],
-    ["jaxpo.prepare", "jaxpo.run", "jaxpo.conversion"],
+    ["jaxpo.prepare", "jaxpo.run_folder", "jaxpo.run", "jaxpo.conversion"],
     ["jaxpo.launch"],
 ]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
@@ -51,9 +51,7 @@ def imported(tree: ast.AST, inside: str) -> Iterator[tuple[int, str]]:
                 name = f"{node.module}.{alias.name}"
                 yield node.lineno, name if name in MODULES else node.module
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            yield from (
-                (node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant) and "." in str(a.value)
-            )
+            yield from ((node.lineno, str(a.value)) for a in node.args if isinstance(a, ast.Constant))
 
 
 def group(name: str) -> str:

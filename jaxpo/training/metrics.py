@@ -46,11 +46,10 @@ def read(folder: Path) -> list[Record]:
     path = folder / FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
     try:
-        records = [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}. Expected one JSON object per line; move the file away.") from None
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):

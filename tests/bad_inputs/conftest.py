@@ -1,5 +1,6 @@
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ def bench(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: config.yaml, pairs.jsonl, eval.jsonl and the model llama/, all of them good."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     (tmp_path / "config.yaml").write_text(CONFIG)
     for name, of, rows in (("pairs", "dpo", 8), ("eval", "dpo-eval", 4), ("answers", "sft", 8)):
         lines = (tiny / f"{of}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -61,7 +61,7 @@ def value(source: random.Random, good: Any) -> Any:
             case 0:
                 return good[:at] + good[at + 1 :]
             case 1:
-                return good[:at] + [good[at]] + good[at:]
+                return [*good[: at + 1], *good[at:]]
             case _:
                 return [*good[:at], value(source, good[at]), *good[at + 1 :]]
     return source.choice(NASTY)

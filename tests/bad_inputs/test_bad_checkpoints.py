@@ -42,11 +42,11 @@ def config(**changes: object) -> Callable[[Path], None]:
     return change
 
 
-def replaced(name: str, content: bytes | str) -> Callable[[Path], None]:
+def replaced(name: str, content: bytes | str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def cut(name: str, size: int) -> Callable[[Path], None]:
+def cut(name: str, size: int) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
 
@@ -107,6 +107,16 @@ def more_tokens(folder: Path) -> None:
     known = PreTrainedTokenizerFast.from_pretrained(str(folder))
     known.add_tokens(["kettle", "lamp"])
     known.save_pretrained(str(folder))
+
+
+def other_tokens(folder: Path) -> None:
+    """A tokenizer of as many tokens whose ids are others."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = (token for token, i in vocabulary.items() if i in (100, 101))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content))
 
 
 def gpt2(folder: Path) -> None:
@@ -247,7 +257,6 @@ SAFETENSORS = [
         "The reference model gives row 0 (pairs.jsonl:1) a log-prob of nan",
         "check the weights",
         change=tensors(nan_weights),
-        mended=("model.path=llama",),
     ),
     bad(
         "shard missing",
@@ -411,7 +420,6 @@ TOKENIZERS = [
         "vocab_size",
         "400",
         change=more_tokens,
-        mended=("model.path=llama",),
     ),
 ]
 
@@ -420,7 +428,6 @@ OTHERS = [
         "no such model",
         ("./lama does not exist; expected the folder of a Hugging Face checkpoint, or a hub id",),
         ("model.path=./lama",),
-        mended=("model.path=./llama",),
     ),
     Case(
         "hub model without a network",
@@ -432,6 +439,12 @@ OTHERS = [
     Case("model of the home of nobody", ("model.path", "~nobody-here"), ("model.path=~nobody-here/llama",)),
     Case("stage not there", ('model.path is "stage:sft", which names no earlier stage',), ("model.path=stage:sft",)),
     Case("reference cut", ("bad/model.safetensors is cut",), ("reference.path=bad",), model(cut(WEIGHTS, 50_000))),
+    Case(
+        "reference of another tokenizer",
+        ("reference.path is bad, whose tokenizer is not that of the model", "the same token ids"),
+        ("reference.path=bad",),
+        model(other_tokens),
+    ),
     Case(
         "reference of fewer tokens",
         ("pairs.jsonl:", "the model in bad has embeddings for 300 tokens (vocab_size)"),
@@ -462,6 +475,11 @@ SCRATCH = [
         architecture="model_type: llama, hiden_size: 32",
     ),
     scratch(
+        "new model of rotary positions that it does not have",
+        "found rope_theta, which no gpt2 configuration has",
+        architecture="model_type: gpt2, n_embd: 16, n_head: 2, rope_theta: 1e6",
+    ),
+    scratch(
         "new model that sets its vocabulary",
         "found vocab_size; it comes from the tokenizer",
         architecture="model_type: llama, vocab_size: 32",
@@ -484,7 +502,7 @@ SCRATCH = [
         "new model with a template unknown",
         "chat_template",
         "chatmll",
-        architecture="model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 32",
+        architecture="model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4",
         tokenizer="{chat_template: chatmll}",
     ),
 ]

@@ -50,6 +50,11 @@ def indices(data: Corpus, first: int, last: int, **changes: Any) -> list[list[in
     return [step.examples for step in steps(data, None, PACKING, first=first, last=last, **settings)]
 
 
+def epoch_of(data: Corpus, shuffle: bool) -> list[int]:
+    order: Any = epoch_order(data, shuffle, 0)
+    return [int(order[i]) for i in range(len(order))]
+
+
 def test_an_epoch_is_a_permutation_and_each_one_another() -> None:
     seen = [i for batch in indices(corpus(12), 0, 9) for i in batch]
     epochs = [seen[0:12], seen[12:24], seen[24:36]]
@@ -118,8 +123,7 @@ def test_without_shuffle_the_order_is_that_of_the_files() -> None:
 
 def test_weights_are_shares_and_no_example_comes_twice_in_an_epoch() -> None:
     data = corpus(40, 100, weights=(1.0, 3.0))
-    order = epoch_order(data, True, 0)
-    epoch = [int(order[i]) for i in range(len(order))]
+    epoch = epoch_of(data, True)
     large = sum(i >= 40 for i in epoch)
     assert large == pytest.approx(3 * (len(epoch) - large), abs=3)
     assert max(Counter(epoch).values()) == 1
@@ -128,8 +132,8 @@ def test_weights_are_shares_and_no_example_comes_twice_in_an_epoch() -> None:
 
 
 def test_weights_interleave_all_along() -> None:
-    order = epoch_order(corpus(40, 100, weights=(1.0, 3.0)), False, 0)
-    shares = [np.mean([int(order[i]) >= 40 for i in range(start, start + 20)]) for start in range(0, 120, 20)]
+    epoch = np.array(epoch_of(corpus(40, 100, weights=(1.0, 3.0)), False))
+    shares = [(epoch[start : start + 20] >= 40).mean() for start in range(0, 120, 20)]
     assert all(0.65 <= share <= 0.85 for share in shares)
 
 

@@ -50,10 +50,8 @@ def test_each_prediction_sees_its_own_context_and_nothing_else(rows: list[Exampl
     M, R, _ = batch.tokens.shape
     flat = PackedBatch(*(np.asarray(f).reshape(M * R, *f.shape[2:]) if np.ndim(f) > 1 else f for f in batch))
     # A row at a time: shapes, and with them compiled operations, stay few.
-    seen = [
-        np.asarray(visible(*(jnp.asarray(f[r : r + 1]) for f in (flat.segments, flat.branches, flat.positions))))[0]
-        for r in range(M * R)
-    ]
+    contexts = [(flat.segments[r : r + 1], flat.branches[r : r + 1], flat.positions[r : r + 1]) for r in range(M * R)]
+    seen = [np.asarray(visible(jnp.asarray(s), jnp.asarray(b), jnp.asarray(p))[0]) for s, b, p in contexts]
     scored = 0
     for n, (one, place) in enumerate(zip(rows, places, strict=True)):
         r = place.microbatch * R + place.row
@@ -152,7 +150,7 @@ def test_rows_of_real_lengths_are_at_least_nine_tenths_full() -> None:
 
 def test_a_pair_by_hand() -> None:
     """Prompt 2, answers 2 and 1: one row, the prompt once, positions of the second answer restart after the prompt."""
-    batch, places = pack([example(0, 2, [2, 1])], np.float32([[-1.5, -2.5]]), Packing(6, 1))
+    batch, places = pack([example(0, 2, [2, 1])], np.array([[-1.5, -2.5]], np.float32), Packing(6, 1))
     assert places == [Place(0, 0, 0)]
     row = {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields[:9]}
     assert row == {
@@ -216,7 +214,7 @@ def test_batches_of_a_run_have_few_shapes() -> None:
     rng = np.random.default_rng(1)
     shapes = set()
     for _ in range(200):
-        rows = [example(n, *rng.integers(4, 60, 1).tolist(), rng.integers(2, 40, 2).tolist()) for n in range(16)]
+        rows = [example(n, int(rng.integers(4, 60)), rng.integers(2, 40, 2).tolist()) for n in range(16)]
         batch, _ = pack(rows, None, Packing(256, 1, microbatches=8))
         shapes.add((batch.tokens.shape, batch.lengths.shape))
     assert len(shapes) <= 3

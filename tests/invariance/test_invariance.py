@@ -84,8 +84,8 @@ def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarra
         losses.append(float(result.metrics["loss"].sum) / len(examples))
         norms.append(float(result.grad_norm))
     moments = optax.tree.get(state.optimizer, "mu")
-    last = jax.tree.map(np.asarray, (state.decoder, moments))
-    return Outcome(losses, norms, *last, table, int(batch.num_microbatches))
+    last, moments = jax.tree.map(np.asarray, (state.decoder, moments))
+    return Outcome(losses, norms, last, moments, table, int(batch.num_microbatches))
 
 
 def distances(a: Any, b: Any) -> dict[str, float]:

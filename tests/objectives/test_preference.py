@@ -140,8 +140,8 @@ def test_shares_of_microbatches_add_up(objective: Any) -> None:
     cut = 2
 
     def share(logps: jax.Array, part: slice) -> tuple[jax.Array, Any]:
-        pieces = [x[part] for x in (whole.reference_logps, whole.lengths, whole.correct, whole.present)]
-        return objective(Completions(logps[part], *pieces, whole.num_examples, whole.num_tokens))
+        slots = {name: value[part] for name, value in whole._asdict().items() if value.ndim}
+        return objective(whole._replace(**{**slots, "logps": logps[part]}))
 
     gradient = jax.value_and_grad(share, has_aux=True)
     (loss, metrics), grad = gradient(whole.logps, slice(None))
@@ -158,7 +158,7 @@ def test_shares_of_microbatches_add_up(objective: Any) -> None:
 @pytest.mark.parametrize("objective", [SFT(), DPO(), IPO()])
 def test_a_microbatch_without_examples_adds_nothing(objective: Objective) -> None:
     c = completions(K=objective.num_completions)
-    empty = Completions(*[jnp.zeros_like(x) for x in c[:5]], c.num_examples, c.num_tokens)
+    empty = c._replace(**{name: jnp.zeros_like(value) for name, value in c._asdict().items() if value.ndim})
 
     def share(logps: jax.Array) -> tuple[jax.Array, Any]:
         return objective(empty._replace(logps=logps))

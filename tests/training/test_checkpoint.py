@@ -33,7 +33,8 @@ def layout(data: int, fsdp: int, tensor: int) -> Layout:
 def abstract_state(at: Layout, decoder: Decoder) -> TrainState:
     shapes = abstract_decoder(decoder.config, jnp.float32)
     optimizer = make_optimizer(OptimizerConfig(), decoder.config, 10, 1.0)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), shapes, jax.eval_shape(optimizer.init, shapes))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, shapes, jax.eval_shape(optimizer.init, shapes))
     return at.place(decoder.config, state)
 
 

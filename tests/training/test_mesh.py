@@ -92,7 +92,8 @@ def test_the_optimizer_lies_where_the_parameters_do(small_decoder: Decoder) -> N
     at, config = layout(data=2, fsdp=2, tensor=2), small_decoder.config
     decoder = abstract_decoder(config, jnp.float32)
     optimizer = make_optimizer(OptimizerConfig(), config, 10, 1.0)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), decoder, jax.eval_shape(optimizer.init, decoder))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, decoder, jax.eval_shape(optimizer.init, decoder))
     placed = at.place(config, state)
     assert jax.tree.structure(placed) == jax.tree.structure(state)
     wanted = jax.tree.leaves(at.decoder(config, decoder))

@@ -29,7 +29,7 @@ def test_a_mean_weighs_its_parts() -> None:
 
 
 def test_a_mean_of_nothing_is_none() -> None:
-    assert means({"a": metric(0.0, 0.0)}) == {"a": None}
+    assert means(total([{"a": metric(0.0, 0.0)}])) == {"a": None}
 
 
 def lines(folder: Path) -> list[dict[str, float | None]]:

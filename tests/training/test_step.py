@@ -35,8 +35,8 @@ def scorer(packing: Packing) -> Scorer:
 
 def start(decoder: Decoder) -> tuple[TrainState, optax.GradientTransformation]:
     optimizer = make_optimizer(OPTIMIZER, decoder.config, 10, CLIP)
-    decoder = on_device(decoder)
-    return TrainState(jnp.int32(0), decoder, optimizer.init(decoder)), optimizer
+    weights = on_device(decoder)
+    return TrainState(jnp.int32(0), weights, optimizer.init(weights)), optimizer
 
 
 @pytest.fixture(scope="module")
