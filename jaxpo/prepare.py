@@ -149,8 +149,8 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerFast, path: str, revision
             "it shares few of its tokens" if moved is None else f"{moved!r} is {theirs[moved]} and not {ours[moved]}"
         )
         raise UserError(
-            f"reference.path is {path}, whose tokenizer is not that of the model to train: {found}. Expected a reference "
-            "model with the same token ids."
+            f"reference.path is {path}, whose tokenizer is not that of the model to train: {found}. Expected a "
+            "reference model with the same token ids."
         )
 
 

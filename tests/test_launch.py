@@ -21,7 +21,7 @@ COMMANDS = ["train", "reference", "data", "convert", "convert from-hf", "convert
 
 
 class Calls:
-    """Stands in for `jaxpo.run` and keeps what it was asked to do."""
+    """Stands in for `jaxpo.run` and `jaxpo.conversion` and keeps what it was asked to do."""
 
     def __init__(self, failure: BaseException | None = None):
         self.made: list[tuple[Any, ...]] = []
@@ -41,6 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with config.yaml in it; the environment is put back afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     (tmp_path / "config.yaml").write_text(CONFIG)
     return tmp_path
 
@@ -55,9 +56,10 @@ def replace_run(monkeypatch: pytest.MonkeyPatch, calls: Calls) -> Calls:
         train=calls.train,
         fill_reference=calls.fill_reference,
         inspect_data=calls.inspect_data,
-        convert_from_hf=calls.convert_from_hf,
-        convert_to_hf=calls.convert_to_hf,
     )
+    conversion = SimpleNamespace(from_hf=calls.from_hf, to_hf=calls.to_hf)
+    monkeypatch.setitem(sys.modules, "jaxpo.conversion", conversion)
+    monkeypatch.setattr(jaxpo, "conversion", conversion, raising=False)
     monkeypatch.setitem(sys.modules, "jaxpo.run", module)
     monkeypatch.setattr(jaxpo, "run", module, raising=False)
     return calls
@@ -93,9 +95,9 @@ def test_convert_in_both_directions(folder: Path, calls: Calls):
     assert launch.main(["convert", "to-hf", "runs/x", "there", "--dtype", "bfloat16"]) == 0
     assert launch.main(["convert", "to-hf", "runs/x", "there"]) == 0
     assert calls.made == [
-        ("convert_from_hf", "org/model", Path("here")),
-        ("convert_to_hf", Path("runs/x"), Path("there"), "bfloat16"),
-        ("convert_to_hf", Path("runs/x"), Path("there"), None),
+        ("from_hf", "org/model", Path("here")),
+        ("to_hf", Path("runs/x"), Path("there"), "bfloat16"),
+        ("to_hf", Path("runs/x"), Path("there"), None),
     ]
 
 
@@ -252,7 +254,7 @@ def test_a_wrong_config_ends_the_real_program_without_a_traceback(folder: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == 'error: override training.seed=x: training.seed is "x"; expected an integer >= 0.\n'
+    assert done.stderr == 'error: override training.seed=x: training.seed is "x"; expected an integer >= 0 and <= 4294967295.\n'
 
 
 def test_a_reader_that_stops_early_is_no_error(folder: Path):

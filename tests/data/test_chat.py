@@ -147,7 +147,7 @@ def test_a_row_the_template_refuses_is_refused_in_its_words(tokenizer: PreTraine
     ("template", "message"),
     [
         (None, r"rows\.jsonl:7 holds messages, .*data\.chat_template: a file, or one of chatml"),
-        ("{% for m in messages %}", "The chat template is no valid Jinja: line 1"),
+        ("{% for m in messages %}", "is no valid Jinja: line 1"),
         ("{{ messages[0].nothing.at_all }}", r"rows\.jsonl:7: the chat template fails on this row: "),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_failed_export_leaves_the_earlier_one(model: Model, tmp_path: Path, mo
         raise OSError("No space left on device")
 
     monkeypatch.setattr(export_module, "_write_json", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="hf cannot be written: No space left"):
         write(model("gpt2"), tmp_path / "hf")
     assert (tmp_path / "hf/model.safetensors").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]
