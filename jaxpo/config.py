@@ -88,8 +88,9 @@ class DataConfig:
     """What to train and evaluate on, and how rows become tokens.
 
     max_length: tokens of a prompt with one completion. max_prompt_length: a longer prompt loses tokens at
-    `truncate_prompt`'s side; null leaves it to max_length. chat_template: a file or a built-in name, in place of the
-    tokenizer's own. workers: processes that tokenise; null takes one per core.
+    `truncate_prompt`'s side; null cuts no prompt, and what max_length leaves of the completions is kept.
+    chat_template: a file or a built-in name, in place of the tokenizer's own. workers: processes that tokenise; null
+    takes one per core.
     """
 
     train: tuple[DataSource, ...] = ()
@@ -119,7 +120,8 @@ class TrainingConfig:
     batch_size: examples of an optimizer step, exactly, whatever the packing. row_length and rows_per_device: tokens in
     a packed row, and rows that one device computes at once; they change speed and memory, never the result. packing and
     share_prompt: off for comparisons only. num_epochs or max_steps, whichever ends first. eval_every, save_every: in
-    steps; null means only before and after. best_metric: an `eval_` metric whose best checkpoint is kept too.
+    steps; null means an evaluation before and after only, and a checkpoint after the last step only. best_metric: an
+    `eval_` metric whose best checkpoint is kept too.
     """
 
     batch_size: PositiveInt = 64
@@ -130,7 +132,7 @@ class TrainingConfig:
     num_epochs: PositiveInt = 1
     max_steps: PositiveInt | None = None
     eval_every: PositiveInt | None = None
-    save_every: PositiveInt | None = None
+    save_every: PositiveInt | None = 500
     keep_checkpoints: PositiveInt = 3
     best_metric: Named | None = None
     best_mode: Literal["min", "max"] = "max"
@@ -320,6 +322,9 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         text = f"is {data.max_prompt_length}; expected less than data.max_length, {data.max_length}, "
         yield mistake("data.max_prompt_length", text + "which has to hold a prompt and its completion")
+
+    if data.max_prompt_length is None and data.truncate_prompt != "left":
+        yield mistake("data.truncate_prompt", "has no effect without data.max_prompt_length; leave it out")
 
     if training.eval_every is not None and not data.eval:
         text = f"is {training.eval_every} but data.eval is empty; expected data to evaluate"

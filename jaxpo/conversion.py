@@ -7,6 +7,8 @@ import numpy as np
 
 from jaxpo import config_file, console
 from jaxpo.config import MeshConfig, path_problem
+from jaxpo.data.tokenizer import load_tokenizer
+from jaxpo.delivery import deliver
 from jaxpo.errors import UserError
 from jaxpo.models import native
 from jaxpo.models.checkpoint import SMALL_FILES, Checkpoint, read_checkpoint
@@ -27,7 +29,8 @@ def from_hf(source: str, out: Path) -> None:
         raise UserError(f"{source} is in jaxpo's own format already; expected a Hugging Face checkpoint.")
     decoder = load_decoder(checkpoint, stored_dtype(checkpoint), shardings(checkpoint))
     small = [f for pattern in SMALL_FILES for f in sorted(checkpoint.folder.glob(pattern)) if f.is_file()]
-    native.write(decoder, [f for f in small if not f.name.endswith(".index.json")], out)
+    names = [file.relative_to(checkpoint.folder) for file in small if not file.name.endswith(".index.json")]
+    native.write(decoder, checkpoint.folder, names, out)
     console.say(f"jaxpo checkpoint         {out}")
 
 
@@ -36,23 +39,22 @@ def to_hf(source: Path, out: Path, dtype: str | None) -> None:
     check_paths(str(source), out)
     if native.is_native(source) and (source / "config.json").exists():
         checkpoint = read_checkpoint(source)
-        stored = native.stored_dtype(source)
-        decoder = load_decoder(checkpoint, stored, shardings(checkpoint))
+        export(
+            load_decoder(checkpoint, native.stored_dtype(source), shardings(checkpoint)),
+            checkpoint.hf_config,
+            out,
+            dtype=dtype,
+            tokenizer=checkpoint.folder,
+            generation_config=checkpoint.generation_config,
+        )
     else:
         run_folder, step = find_step(source)
         run = config_file.load(run_folder / CONFIG)
-        start = run_folder / INIT if run.model.scratch is not None else at_stage(run, run_folder).model.path
+        start = str(run_folder / INIT) if run.model.scratch is not None else at_stage(run, run_folder).model.path
         assert start is not None
         checkpoint = read_checkpoint(start, run.model.revision)
         decoder = trained_decoder(run_folder, step, checkpoint, run.model.dtype)
-    export(
-        decoder,
-        checkpoint.hf_config,
-        out,
-        dtype=dtype,
-        tokenizer=checkpoint.folder,
-        generation_config=checkpoint.generation_config,
-    )
+        deliver(run, checkpoint, load_tokenizer(start, run.model.revision), decoder, out, dtype)
     console.say(f"Hugging Face checkpoint  {out}")
 
 

@@ -31,7 +31,7 @@ EPILOG = """\
 examples:
   %(prog)s train configs/quickstart.yaml
   %(prog)s train configs/quickstart.yaml training.seed=1
-  %(prog)s data configs/quickstart.yaml --examples 2
+  %(prog)s data configs/quickstart.yaml --stage sft
   %(prog)s train --help
 
 A mistake in a config, the data or a checkpoint ends with exit code 2 and a
@@ -156,7 +156,7 @@ def _data(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from jaxpo import run
 
-    run.inspect_data(config, arguments.split, arguments.examples)
+    run.inspect_data(config, arguments.stage, arguments.split, arguments.examples)
 
 
 def _from_hf(arguments: argparse.Namespace) -> None:
@@ -209,7 +209,8 @@ def _parser() -> argparse.ArgumentParser:
     _takes_config(data)
     data.add_argument("--examples", type=_count, default=3, metavar="N", help="examples to show in full (default 3)")
     data.add_argument("--split", choices=["train", "eval"], default="train", help="of the config (default train)")
-    _examples(data, "configs/quickstart.yaml", "configs/quickstart.yaml --split eval --examples 1")
+    data.add_argument("--stage", metavar="NAME", help="of a stage of the config (default: of the run itself)")
+    _examples(data, "configs/quickstart.yaml --stage sft", "config.yaml --split eval --examples 1")
 
     convert = _command(commands, "convert", CONVERT)
     _examples(convert, "from-hf org/model here", "to-hf runs/quickstart exported")
@@ -287,7 +288,10 @@ def _quieten() -> None:
     others = sys.unraisablehook
 
     def report(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        abandoned = (
+            str(unraisable.exc_value) == "Event loop is closed" or type(unraisable.object).__name__ == "coroutine"
+        )
+        if not abandoned:
             others(unraisable)
 
     sys.unraisablehook = report

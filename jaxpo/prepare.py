@@ -72,6 +72,9 @@ class Parts:
 def prepare(run: Run, folder: Path) -> Parts:
     """Find the model (make it, if it is from scratch), tokenise the data, lay out the mesh."""
     layout = Layout(make_mesh(run.mesh))
+    # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
+    jax.config.update("jax_default_matmul_precision", "highest" if run.model.compute_dtype == "float32" else None)
+    say_devices(layout)
     path, revision = initial_model(run, folder), run.model.revision
     checkpoint = read_checkpoint(path, revision)
     for note in checkpoint.notes:
@@ -100,13 +103,17 @@ def prepare(run: Run, folder: Path) -> Parts:
             gather=layout.gather_embedding,
         ),
     )
-    for one in parts.corpora:
-        one.check_fits(packing)
-        check_positions(one, checkpoint)
-        check_vocabulary(one, tokenizer, checkpoint)
     rows = np.ceil(training.batch_size * parts.train.mean_size(packing) / packing.row_length)
     usual = bucket(int(np.ceil(rows / packing.rows)))
     return dataclasses.replace(parts, packing=dataclasses.replace(packing, microbatches=usual))
+
+
+def check_examples(parts: Parts) -> None:
+    """Raise UserError unless every example fits into a row and into the model."""
+    for one in parts.corpora:
+        one.check_fits(parts.packing)
+        check_positions(one, parts.checkpoint)
+        check_vocabulary(one, parts.tokenizer, parts.checkpoint)
 
 
 def check_positions(corpus: Corpus, checkpoint: Checkpoint) -> None:
@@ -214,6 +221,22 @@ def source_texts(source: DataSource, num_completions: int) -> Iterator[str]:
             yield from formats.texts(preference)
 
 
+def say_devices(layout: Layout) -> None:
+    devices = layout.mesh.devices.flat
+    axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
+    console.say(f"on {len(devices)} {devices[0].device_kind} device(s){', mesh ' if axes else ''}{axes}")
+
+
+def weights_of(run: Run, checkpoint: Checkpoint) -> str:
+    """The fingerprint of a checkpoint's weights."""
+    cache_dir = run.reference.cache_dir.expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"reference.cache_dir {cache_dir} cannot be used: {error}.") from error
+    return weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
+
+
 def at_stage(run: Run, folder: Path) -> Run:
     """The run with `stage:NAME` paths resolved to the exports of earlier stages in the whole run's `folder`."""
 
@@ -259,7 +282,7 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
         check_positions(one, checkpoint)
         check_vocabulary(one, parts.tokenizer, checkpoint)
     cache_dir = run.reference.cache_dir.expanduser()
-    weights = weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
+    weights = weights_of(run, checkpoint)
     decoder_config = dataclasses.asdict(checkpoint.decoder_config)
     loaded: list[Decoder] = []
 

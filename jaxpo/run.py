@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +18,15 @@ import optax
 from jaxpo import atomic, console, run_folder
 from jaxpo.config import Run
 from jaxpo.data import inspect, loader
+from jaxpo.delivery import deliver, end_ids
 from jaxpo.errors import UserError
 from jaxpo.evaluation import plots, report
 from jaxpo.models.decoder import Decoder, abstract_decoder
-from jaxpo.models.export import export
 from jaxpo.models.generate import greedy
-from jaxpo.prepare import Parts, References, at_stage, prepare, references
+from jaxpo.prepare import Parts, References, at_stage, check_examples, prepare, references
 from jaxpo.run_folder import EXPORT, SAMPLES, SUMMARY, claim
 from jaxpo.training import loop, metrics
-from jaxpo.training.checkpoint import Checkpoints, latest_step
+from jaxpo.training.checkpoint import Checkpoints, latest_step, restore_decoder
 from jaxpo.training.evaluate import PREFIX, make_evaluation
 from jaxpo.training.loop import Loop, Progress
 from jaxpo.training.metrics import Record
@@ -57,23 +58,32 @@ def fill_reference(run: Run) -> None:
         raise UserError(
             f"objective.name is {run.objective.name}, which uses no reference model: there is nothing to fill."
         )
-    parts = prepare(at_stage(run, place_of(run)), place_of(run))
-    table = references(parts, cache(lambda: parts.load(parts.checkpoint)))
+    folder = place_of(run)
+    with claim(folder, run):
+        parts = prepare(at_stage(run, folder), folder)
+        check_examples(parts)
+        table = references(parts, cache(lambda: parts.load(parts.checkpoint)))
     console.say(f"reference log-probs of completions: {table.computed} computed, {table.reused} reused")
 
 
-def inspect_data(run: Run, split: str, examples: int) -> None:
-    """Print what the trainer will see of data.train or data.eval."""
-    parts = prepare(at_stage(run, place_of(run)), place_of(run))
-    corpus = parts.train if split == "train" else parts.eval
-    if corpus is None:
-        raise UserError("data.eval is empty, so there is nothing to show of it; expected a source in it.")
-    for source in corpus.sources:
-        inspect.show_summary(source)
-        fill = inspect.packing_fill(source, parts.packing, run.training.batch_size)
-        inspect.show_fill(fill, parts.packing, run.training.batch_size)
-        for i in range(min(examples, len(source))):
-            inspect.show_example(source[i], parts.tokenizer)
+def inspect_data(run: Run, stage: str | None, split: str, examples: int) -> None:
+    """Print what the trainer will see of data.train or data.eval, of the run or of one of its stages."""
+    if stage is not None and stage not in run.stages:
+        known = ", ".join(run.stages) or "none, for the config has no stages"
+        raise UserError(f"--stage is {stage}; expected one of the config's stages: {known}.")
+    one = at_stage(run if stage is None else run.stages[stage], place_of(run))
+    # A model from scratch is made for the tokenizer's sake; the run's own folder is the trainer's to write.
+    with TemporaryDirectory() as folder:
+        parts = prepare(one, Path(folder))
+        corpus = parts.train if split == "train" else parts.eval
+        if corpus is None:
+            raise UserError("data.eval is empty, so there is nothing to show of it; expected a source in it.")
+        for source in corpus.sources:
+            inspect.show_summary(source)
+            fill = inspect.packing_fill(source, parts.packing, one.training.batch_size)
+            inspect.show_fill(fill, parts.packing, one.training.batch_size)
+            for i in range(min(examples, len(source))):
+                inspect.show_example(source[i], parts.tokenizer)
 
 
 def place_of(run: Run) -> Path:
@@ -89,7 +99,8 @@ def train_one(run: Run, folder: Path) -> None:
     progress = Progress()
     with progress.timed("data"):
         parts = prepare(run, folder)
-        run_folder.check_same_data(folder, parts, resumed=latest_step(folder) is not None)
+        check_examples(parts)
+        run_folder.check_same_inputs(folder, parts, resumed=latest_step(folder) is not None)
         write_dropped(parts, folder)
     with Checkpoints(folder, run.training) as checkpoints:
         trained = course(parts, folder, checkpoints, progress)
@@ -97,9 +108,9 @@ def train_one(run: Run, folder: Path) -> None:
 
 
 class Trained(NamedTuple):
-    """What came of a run: its last state, and its course in figures."""
+    """What came of a run: its last weights, and its course in figures."""
 
-    state: TrainState
+    decoder: Decoder
     steps: int
     progress: Progress
     references: References
@@ -149,6 +160,7 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
         step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
         evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
     sinks = metrics.open_sinks(run, folder, first)
+    evaluated = first > 0 and bool(held_out(metrics.read(folder), first))
     work = Loop(
         config=training,
         folder=folder,
@@ -175,11 +187,11 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
         sinks=sinks,
     )
     try:
-        state = loop.train(work, state, first, progress)
+        state = loop.train(work, state, first, progress, evaluated=evaluated)
     finally:
         for sink in sinks:
             sink.close()
-    return Trained(state, steps, progress, table)
+    return Trained(state.decoder, steps, progress, table)
 
 
 def abstract_state(parts: Parts, optimizer: optax.GradientTransformation) -> TrainState:
@@ -199,7 +211,8 @@ def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
     prompts = [corpus[i].prompt for i in range(min(run.samples.prompts, len(corpus)))]
     if not prompts:
         return
-    answers = greedy(decoder, prompts, run.samples.max_new_tokens, eos_ids(parts), run.model.compute_dtype)
+    ends = end_ids(run, parts.checkpoint, parts.tokenizer)
+    answers = greedy(decoder, prompts, run.samples.max_new_tokens, ends, run.model.compute_dtype)
     path = folder / SAMPLES
     so_far = read_samples(path)
     so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
@@ -217,21 +230,16 @@ def read_samples(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}. Expected a JSON object; move the file away.") from error
 
 
-def eos_ids(parts: Parts) -> frozenset[int]:
-    """The tokens that end an answer: the generation config's and the tokenizer's."""
-    declared = (parts.checkpoint.generation_config or {}).get("eos_token_id")
-    ids = declared if isinstance(declared, list) else [declared]
-    return frozenset(i for i in [*ids, parts.tokenizer.eos_token_id] if i is not None)
-
-
 def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Trained) -> None:
     """Samples, plots, export, and last of all the summary, which marks the run as finished."""
     run, progress = parts.run, trained.progress
-    decoder, step = trained.state.decoder, trained.steps
-    if run.export.checkpoint == "best" and (best := checkpoints.best()) not in (None, step):
-        state, _ = checkpoints.restore(best, jax.tree.map(abstract_of, trained.state))
-        decoder, step = state.decoder, best
+    decoder, step = trained.decoder, trained.steps
+    best = checkpoints.best() if run.export.checkpoint == "best" else step
+    if best is None:
+        console.warn(f"no evaluation gave a finite {run.training.best_metric}, so the last step is exported")
+    elif best != step:
         console.say(f"exporting step {best}, the best by {run.training.best_metric}")
+        decoder, step = restore_decoder(folder, best, jax.tree.map(abstract_of, decoder)), best
     records = metrics.read(folder)
     before, after = held_out(records, 0), held_out(records, step)
     with progress.timed("samples"):
@@ -239,15 +247,7 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
     with progress.timed("plots"):
         plots.write(records, folder / "plots")
     with progress.timed("export"):
-        export(
-            decoder,
-            parts.checkpoint.hf_config,
-            folder / EXPORT,
-            dtype=run.export.dtype,
-            tokenizer=parts.checkpoint.folder,
-            generation_config=parts.checkpoint.generation_config,
-            max_shard_bytes=int(run.export.max_shard_gb * 1e9),
-        )
+        deliver(run, parts.checkpoint, parts.tokenizer, decoder, folder / EXPORT, run.export.dtype)
     summary = {
         "objective": run.objective.name,
         "before": before,

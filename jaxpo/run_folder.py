@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from jaxpo import atomic, config_file
 from jaxpo.config import Run
 from jaxpo.errors import UserError
-from jaxpo.prepare import INIT, Parts
+from jaxpo.prepare import INIT, Parts, weights_of
 from jaxpo.training.checkpoint import latest_step
 
 CONFIG = "config.yaml"
@@ -25,6 +25,7 @@ INPUTS = "inputs.json"
 FREE = (
     "output_dir",
     "logging",
+    "export",
     "mesh",
     "data.workers",
     "data.cache_dir",
@@ -107,19 +108,31 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: item for part in parts for key, item in part.items()}
 
 
-def check_same_data(folder: Path, parts: Parts, resumed: bool) -> None:
-    """Remember the training data's token ids in inputs.json; raise UserError if a resumed run was trained on others."""
+def check_same_inputs(folder: Path, parts: Parts, resumed: bool) -> None:
+    """Remember in inputs.json what a run starts from; raise UserError if a resumed one started from something else."""
     path = folder / INPUTS
-    now = {f"data.train.{i}": source.fingerprint for i, source in enumerate(parts.train.sources)}
+    now = inputs(parts)
     if resumed and path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{key} ({parts.run.data.train[i].path})" for i, key in enumerate(now) if before.get(key) != now[key]
-        ]
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}. Move it away to go on without a comparison.") from error
+        changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
-                f"output_dir {folder} holds a run that has been trained on other rows, or on the same ones tokenised "
-                f"otherwise: {', '.join(changed)} changed since. Expected the data as it was, or another output_dir."
+                f"output_dir {folder} holds a run that started from other weights or rows, or from the same rows "
+                f"tokenised otherwise: {', '.join(changed)} changed since. Expected them as they were, or another "
+                "output_dir."
             )
         return
     atomic.write_text(path, json.dumps(now, indent=1))
+
+
+def inputs(parts: Parts) -> dict[str, str]:
+    """Fingerprints of the initial weights and of every source's token ids, by config key."""
+    corpora = {"data.train": parts.train, "data.eval": parts.eval}
+    sources = {key: corpus.sources for key, corpus in corpora.items() if corpus is not None}
+    return {
+        "model": weights_of(parts.run, parts.checkpoint),
+        **{f"{key}.{i}": one.fingerprint for key, listed in sources.items() for i, one in enumerate(listed)},
+    }

@@ -21,7 +21,7 @@ ORDER = [
     ["jaxpo.reference"],
     ["jaxpo.training"],
     ["jaxpo.evaluation"],
-    ["jaxpo.prepare", "jaxpo.run_folder", "jaxpo.run", "jaxpo.conversion"],
+    ["jaxpo.prepare", "jaxpo.delivery", "jaxpo.run_folder", "jaxpo.run", "jaxpo.conversion"],
     ["jaxpo.launch"],
 ]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}

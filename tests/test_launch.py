@@ -254,7 +254,10 @@ def test_a_wrong_config_ends_the_real_program_without_a_traceback(folder: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == 'error: override training.seed=x: training.seed is "x"; expected an integer >= 0 and <= 4294967295.\n'
+    assert (
+        done.stderr
+        == 'error: override training.seed=x: training.seed is "x"; expected an integer >= 0 and <= 4294967295.\n'
+    )
 
 
 def test_a_reader_that_stops_early_is_no_error(folder: Path):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,8 @@ def test_transformers_loads_the_export_and_continues_as_the_samples_do(quickstar
     torch = pytest.importorskip("torch", reason="needs PyTorch, which has no CPU build for this Python here")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, info = AutoModelForCausalLM.from_pretrained(quickstart / "export", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(quickstart / "export", output_loading_info=True)
+    model, info = loaded
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(quickstart / "export")

@@ -41,8 +41,10 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     samples = folder / "samples.json"
     if samples.exists():
         texts = json.loads(samples.read_text(encoding="utf-8"))
-        show_samples(texts["prompts"], texts["before"], texts["after"])
-        atomic.write_text(folder / "samples.md", samples_markdown(texts["prompts"], texts["before"], texts["after"]))
+        # Samples from before are missing where a run was resumed and their file had been moved away.
+        before = texts.get("before", [""] * len(texts["prompts"]))
+        show_samples(texts["prompts"], before, texts["after"])
+        atomic.write_text(folder / "samples.md", samples_markdown(texts["prompts"], before, texts["after"]))
     if summary["after"]:
         console.console.print(comparison(summary["before"], summary["after"]))
     for line in _figures(summary):

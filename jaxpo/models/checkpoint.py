@@ -170,7 +170,8 @@ def _generation_config(file: Path) -> dict[str, Any] | None:
         return None
     config = _read_json(file)
     eos = config.get("eos_token_id")
-    if not all(isinstance(i, int) for i in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
         raise UserError(f"{file}: eos_token_id is {eos!r}; expected the id of a token, or a list of ids.")
     return config
 

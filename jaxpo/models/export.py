@@ -49,13 +49,15 @@ def export(
     *,
     dtype: Any = None,
     tokenizer: Saveable | Path | None = None,
+    chat_template: str | None = None,
     generation_config: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write `decoder` to `folder` as a Hugging Face checkpoint in `dtype` (None: the decoder's own).
 
     hf_config: that of the checkpoint the decoder came from, or of `scratch`. tokenizer: saved, or copied from the
-    folder given, chat template included. generation_config: by default the special tokens of hf_config.
+    folder given, chat template included. chat_template: Jinja to take the place of that one. generation_config: by
+    default the special tokens of hf_config.
 
     The folder appears at once and complete: it is written beside itself under another name and then renamed. An earlier
     export of jaxpo to which nothing was added is replaced; any other folder that is not empty is a UserError.
@@ -74,6 +76,9 @@ def export(
         dtype = np.dtype(jax.tree.leaves(decoder)[0].dtype if dtype is None else dtype)
         # The tokenizer goes first: what it writes beside its own files must not replace ours.
         _write_tokenizer(new, tokenizer)
+        if chat_template is not None:
+            # transformers and vLLM take this file before what the tokenizer's config may say.
+            (new / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         _write_weights(new, decoder, hf_config, dtype, max_shard_bytes)
         config = {key: value for key, value in hf_config.items() if key not in ("torch_dtype", "_name_or_path")}
         config |= {"architectures": [families.family(hf_config, str(folder)).architecture], "dtype": dtype.name}

@@ -4,6 +4,7 @@ Weights lie in it as a decoder has them, stacked by layer, so that every device 
 """
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -44,8 +45,8 @@ def stored_dtype(folder: Path) -> str:
         raise _unreadable(folder, error) from error
 
 
-def write(decoder: Decoder, small_files: list[Path], folder: Path) -> None:
-    """Make `folder`, which must be new or empty, at once and complete."""
+def write(decoder: Decoder, source: Path, small_files: list[Path], folder: Path) -> None:
+    """Make `folder`, which must be new or empty, at once and complete; small_files are paths within `source`."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; expected a new or empty folder. Nothing was changed.")
     try:
@@ -54,8 +55,12 @@ def write(decoder: Decoder, small_files: list[Path], folder: Path) -> None:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}.") from error
     try:
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)
         for file in small_files:
-            shutil.copyfile(file, partial / file.name)
+            (partial / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / file, partial / file)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / WEIGHTS).absolute(), by_path(decoder))
         (partial / CHECKSUMS).write_text(json.dumps(checksums(by_path(decoder)), indent=1), encoding="utf-8")

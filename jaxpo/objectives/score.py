@@ -5,6 +5,7 @@ This is the one forward pass that training, evaluation and the reference table s
 Legend: R rows, T tokens, S scored tokens, X example slots, K completions, D hidden size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Scorer:
     """The numerics of a forward pass.
 
     compute_dtype: of matrix products. remat: see `ModelConfig`. chunk: scored tokens of a row that meet the head at
-    once; divides T. constrain: keeps [R, ...] activations sharded over the mesh's batch axes. gather: brings together
+    once. constrain: keeps [R, ...] activations sharded over the mesh's batch axes. gather: brings together
     first what the forward pass needs whole.
     """
 
@@ -49,6 +50,7 @@ class Scorer:
         """Score one microbatch: the fields of `batch` without their M axis."""
 
         decoder = self.gather(decoder)
+        R, X, K = batch.lengths.shape
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k, v = map(self.constrain, (q, k, v))
@@ -58,12 +60,15 @@ class Scorer:
         hidden_RTD, _ = decoder.hidden(
             batch.tokens, batch.positions, attend, compute_dtype=jnp.dtype(self.compute_dtype), remat=self.remat
         )
-        hidden_RSD = jnp.take_along_axis(self.constrain(hidden_RTD), batch.target_positions[..., None], axis=1)
+        # A last, shorter chunk is filled up with targets that belong to no completion.
+        rest = ((0, 0), (0, -batch.target_slots.shape[1] % self.chunk))
+        positions_RS, labels_RS = jnp.pad(batch.target_positions, rest), jnp.pad(batch.target_labels, rest)
+        slots_RS = jnp.pad(batch.target_slots, rest, constant_values=X * K)
+        hidden_RSD = jnp.take_along_axis(self.constrain(hidden_RTD), positions_RS[..., None], axis=1)
         used = batch.lengths.sum(axis=(1, 2)).max()
         head_VD = decoder.head_matrix().astype(hidden_RTD.dtype)
-        R, X, K = batch.lengths.shape
-        scores = token_scores(self.constrain(hidden_RSD), head_VD, batch.target_labels, used, self.chunk)
-        return Scores(*(self.constrain(sum_by_slot(s, batch.target_slots, (R, X, K))) for s in scores))
+        scores = token_scores(self.constrain(hidden_RSD), head_VD, labels_RS, used, self.chunk)
+        return Scores(*(self.constrain(sum_by_slot(s, slots_RS, (R, X, K))) for s in scores))
 
 
 def microbatch(batch: DeviceBatch, i: jax.Array) -> DeviceBatch:
@@ -79,6 +84,6 @@ def sum_by_slot(values_RS: jax.Array, slots_RS: jax.Array, shape: tuple[int, int
 
 
 def head_chunk(row_length: int, rows_per_device: int) -> int:
-    """Columns of a row to take to the head at once: about 1,024 tokens on a device, a divisor of row_length."""
-    wanted = max(1, min(row_length, 1024 // rows_per_device))
-    return next(c for c in range(wanted, 0, -1) if row_length % c == 0)
+    """Columns of a row to take to the head at once: at most about 1,024 tokens on a device, in chunks of one size."""
+    most = max(1, min(row_length, 1024 // rows_per_device))
+    return math.ceil(row_length / math.ceil(row_length / most))

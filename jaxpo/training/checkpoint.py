@@ -54,6 +54,8 @@ def reason(error: BaseException) -> str:
 
 
 def unreadable(folder: Path, error: Exception) -> UserError:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return UserError(f"checkpoint {folder} does not fit into memory here: {reason(error)}. It is left as it was.")
     return UserError(
         f"checkpoint {folder} cannot be read: {reason(error)}. Expected the state that this run saved there. If the "
         "folder is damaged, delete it and start again: the run goes on from the checkpoint before it."

@@ -46,12 +46,13 @@ class Progress:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time spent inside to a stage's seconds."""
-        start = time.perf_counter()
+        """Add the time spent inside to a stage's seconds; what a stage inside it has taken is that one's alone."""
+        start, others = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            inside = sum(self.seconds.values()) - others
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
     def rates(self) -> Record:
         """Pairs (or other examples) and tokens per second, and the share of places that held none."""
@@ -102,14 +103,14 @@ class Loop:
         return n > 0 and (n == self.num_steps or best or (every is not None and n % every == 0))
 
 
-def train(loop: Loop, state: TrainState, first: int, progress: Progress) -> TrainState:
-    """Run steps first + 1 to num_steps and return the last state.
+def train(loop: Loop, state: TrainState, first: int, progress: Progress, *, evaluated: bool = False) -> TrainState:
+    """Run steps first + 1 to num_steps and return the last state. `evaluated`: whether the first state has been.
 
     A step's result is looked at while the next one runs, so the device never waits for the host. Raises UserError at a
     step whose loss or gradient is not finite, and SystemExit after a checkpoint when SIGTERM asks for it.
     """
-    if first == 0 and loop.evaluates_at(0):
-        record(loop, 0, evaluate(loop, state, progress))
+    if loop.evaluates_at(first) and not evaluated:
+        record(loop, first, evaluate(loop, state, progress))
     open_steps: list[tuple[int, Step, StepResult]] = []
     window: list[Metrics] = []
     since = time.perf_counter()
@@ -155,8 +156,10 @@ def train(loop: Loop, state: TrainState, first: int, progress: Progress) -> Trai
                 line |= training_record(loop, n, result, progress)
                 bar.describe(f"loss {line['loss']:.4f}" if line["loss"] is not None else "")
                 progress.window.clear()
-            if loop.evaluates_at(n):
+            # Whoever sent SIGTERM may not wait for an evaluation; a resumed run makes up for it.
+            if loop.evaluates_at(n) and not terminating:
                 line |= evaluate(loop, state, progress)
+                terminating = stop.is_set()
             record(loop, n, line)
             if loop.saves_at(n) or terminating:
                 with progress.timed("checkpoint"):

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import jax
 
@@ -72,17 +72,26 @@ class JsonLines:
     """metrics.jsonl: a line per logged step, each flushed as it is written.
 
     Opened at a step, it drops the lines after that step: a resumed run writes them again. Opened at step 0 it drops
-    all, for a run that begins writes the evaluation before the first step as well.
+    all, for a run that begins writes the evaluation before the first step as well. What is added to the step it was
+    opened at, an evaluation that SIGTERM left out, goes into that step's line.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        kept = [r for r in read(folder) if (r["step"] or 0) <= step] if step else []
-        path = folder / FILE
-        atomic.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._opened_at = folder / FILE, step
+        self._kept = [r for r in read(folder) if (r["step"] or 0) <= step] if step else []
+        self._file = self._begin()
+
+    def _begin(self) -> TextIO:
+        atomic.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._kept))
+        return self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Record) -> None:
         finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        if self._kept and self._kept[-1]["step"] == step == self._opened_at:
+            self._kept[-1] |= finite
+            self._file.close()
+            self._file = self._begin()
+            return
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
 
@@ -110,24 +119,31 @@ class TensorBoard:
 class Wandb:
     """A Weights & Biases run that a resumed training goes on with: its id is kept in the run's folder."""
 
-    def __init__(self, folder: Path, run: Run) -> None:
+    def __init__(self, folder: Path, run: Run, step: int) -> None:
         import wandb  # pyright: ignore[reportMissingImports]  (an extra)
 
         assert run.logging.wandb is not None
         settings = run.logging.wandb
         id_file = folder / "wandb_id"
-        if not id_file.exists():
+        # A run that begins anew writes its steps again, which W&B would not take for the same run.
+        if step == 0 or not id_file.exists():
             atomic.write_text(id_file, wandb.util.generate_id())
-        self._run: Any = wandb.init(
-            project=settings.project,
-            name=settings.name or folder.name,
-            entity=settings.entity,
-            mode=settings.mode,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=str(folder),
-            config=as_mapping(run),
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=settings.project,
+                name=settings.name or folder.name,
+                entity=settings.entity,
+                mode=settings.mode,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=as_mapping(run),
+            )
+        except Exception as error:  # a missing login or network raises one of several kinds
+            raise UserError(
+                f"logging.wandb cannot be used: {' '.join(str(error).split())}. Log in with `wandb login`, or set "
+                "logging.wandb.mode to offline."
+            ) from error
 
     def write(self, step: int, record: Record) -> None:
         self._run.log({k: v for k, v in record.items() if v is not None}, step=step)
@@ -157,5 +173,5 @@ def open_sinks(run: Run, folder: Path, step: int) -> list[Sink]:
     if config.tensorboard:
         sinks.append(TensorBoard(folder, step))
     if config.wandb is not None:
-        sinks.append(Wandb(folder, run))
+        sinks.append(Wandb(folder, run, step))
     return sinks

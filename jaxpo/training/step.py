@@ -75,8 +75,11 @@ def make_train_step(
             return loss + share, add(metrics, more), jax.tree.map(jnp.add, grads, grad)
 
         (loss, metrics), grads = zeros_like_output(gradient, state.decoder, microbatch(batch, jnp.int32(0)))
+        # Sums of many small terms: in bfloat16 they would depend on the number of microbatches.
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         loss, metrics, grads = lax.fori_loop(0, batch.num_microbatches, accumulate, (loss, metrics, grads))
         grad_norm = optax.tree.norm(grads)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.decoder)
         params: Any = state.decoder
         updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
         decoder: Any = optax.apply_updates(params, updates)

@@ -394,6 +394,11 @@ CONFIGS = [
     ),
     bad("generation config cut", "bad/generation_config.json is not JSON", change=cut("generation_config.json", 10)),
     bad(
+        "generation config with an eos beyond all numbers",
+        "bad/generation_config.json: eos_token_id is 1000000000000; expected the id of a token",
+        change=replaced("generation_config.json", '{"eos_token_id": 1000000000000}'),
+    ),
+    bad(
         "generation config with a word for eos",
         "bad/generation_config.json: eos_token_id is 'end'",
         "expected",

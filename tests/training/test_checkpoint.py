@@ -1,11 +1,9 @@
 """Checkpoints: bit-exact, on any mesh, the last few and the best kept, damage told and never trained on."""
 
-import gc
 import json
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -174,48 +172,33 @@ def test_a_checksum_does_not_depend_on_the_sharding() -> None:
     assert int(jax.jit(checksum)(split)) == int(jax.jit(checksum)(whole)) == int(checksum(jnp.asarray(values)))
 
 
-BIG = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32), "n": jnp.int32(3)}
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What damaged_checkpoints.py found, by the kind of damage."""
+    script = Path(__file__).with_name("damaged_checkpoints.py")
+    folder = tmp_path_factory.mktemp("damage")
+    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def damaged(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    if how == "missing":
-        path.unlink()
-    elif how == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        at = int(len(content) * float(how))
-        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
-
-
-# Orbax's readers that had not begun yet are left over when one fails; they are collected inside the test.
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["missing", "cut", "0.2", "0.5", "0.8"])
-def test_damage_is_an_error_that_names_the_checkpoint_or_does_no_harm(tmp_path: Path, how: str) -> None:
+def test_damage_is_an_error_that_names_the_checkpoint_or_does_no_harm(damage: dict[str, Any], how: str) -> None:
     """Every file of a checkpoint in turn; at least those of the weights and of the progress must be missed."""
-    save(tmp_path / "good", BIG, {1: {}, 2: {}})
-    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), BIG)
-    source = tmp_path / "good" / FOLDER / "2"
-    told = []
-    for n, path in enumerate(sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file())):
-        run = tmp_path / str(n)
-        shutil.copytree(tmp_path / "good", run)
-        damaged(run / FOLDER / "2" / path, how)
-        with Checkpoints(run, TrainingConfig()) as checkpoints:
-            try:
-                restored, progress = checkpoints.restore(2, wanted)
-            except UserError as error:
-                assert str(error).startswith(f"checkpoint {run / FOLDER / '2'} cannot be read: ")
-                assert "\n" not in str(error)
-                told.append(path)
-            else:
-                assert same_bits(restored, BIG), path
-                assert progress == asdict(Progress(examples=2)), path
-            assert same_bits(checkpoints.restore(1, wanted)[0], BIG)
-    gc.collect()
-    assert any(p.parts[:1] == ("progress",) for p in told)
-    assert any(p.parts[:1] == ("state",) and "d" in p.parts for p in told)
+    told = {path: text for path, text in damage[how].items() if text is not None}
+    for path, text in told.items():
+        assert text.startswith("checkpoint RUN/checkpoints/2 cannot be read: "), (path, text)
+        assert "\n" not in text
+    assert "progress/metadata" in told
+    assert any(path.startswith("state/") and "/d/" in path for path in told)
+
+
+def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(damage: dict[str, Any]) -> None:
+    text = damage["full disk"]["text"]
+    assert text.startswith("a checkpoint in RUN/checkpoints could not be written: ")
+    assert "File too large" in text
+    assert "The last good checkpoint is RUN/checkpoints/1;" in text
+    assert damage["full disk"]["latest"] == 1
 
 
 def test_a_changed_weight_is_told_when_the_decoder_is_read_alone(
@@ -235,27 +218,3 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, SMALL, {1: {}})
     with Checkpoints(tmp_path, TrainingConfig()) as checkpoints, pytest.raises(UserError, match="cannot be read"):
         checkpoints.restore(1, {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
-
-
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[], None]]:
-    """A function after which no file can grow beyond 100 kB, which fails as a full disk does."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_is_an_error_and_the_last_checkpoint_stays(tmp_path: Path, full_disk: Callable[[], None]) -> None:
-    big = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)), jnp.float32)}
-    with pytest.raises(UserError) as caught, Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
-        checkpoints.save(1, big, {}, {})
-        checkpoints.wait()
-        full_disk()
-        checkpoints.save(2, big, {}, {})
-    text = str(caught.value)
-    assert text.startswith(f"a checkpoint in {tmp_path / FOLDER} could not be written: ")
-    assert "File too large" in text
-    assert f"The last good checkpoint is {tmp_path / FOLDER / '1'};" in text
-    assert latest_step(tmp_path) == 1

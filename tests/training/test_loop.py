@@ -85,6 +85,7 @@ class Trial:
                 state, saved = checkpoints.restore(first, state)
                 progress = Progress(**saved)
             sink = JsonLines(self.folder, first)
+            evaluated = first > 0 and any(r["step"] == first and "eval_norm" in r for r in read(self.folder))
 
             def evaluate(decoder: Decoder) -> dict[str, Any]:
                 self.evaluations.append(1)
@@ -106,7 +107,7 @@ class Trial:
                 sinks=[sink],
             )
             try:
-                return train(loop, state, first, progress)
+                return train(loop, state, first, progress, evaluated=evaluated)
             finally:
                 sink.close()
 
@@ -132,9 +133,13 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [dict(record) for record in read(folder)]
 
 
-def undated(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records without what depends on the clock."""
-    return [{k: v for k, v in r.items() if k not in ("pairs_per_s", "tokens_per_s")} for r in records]
+def by_step(folder: Path) -> dict[int, dict[str, Any]]:
+    """What is known of each step, without what depends on the clock."""
+    known: dict[int, dict[str, Any]] = {}
+    for record in lines(folder):
+        steady = {name: value for name, value in record.items() if not name.endswith("_per_s")}
+        known[record["step"]] = {**known.get(record["step"], {}), **steady}
+    return known
 
 
 def test_what_happens_when(trial: Trial) -> None:
@@ -181,8 +186,19 @@ def test_sigterm_saves_and_exits_and_the_same_command_goes_on(trial: Trial, tmp_
     assert signal.getsignal(signal.SIGTERM) == before
     assert trial.saved[-1] == at
     assert same_bits(trial.run(), expected)
-    assert undated(lines(trial.folder))[-1] == undated(lines(whole.folder))[-1]
-    assert [r["step"] for r in lines(trial.folder)] == [r["step"] for r in lines(whole.folder)]
+    assert by_step(trial.folder) == by_step(whole.folder)
+
+
+def test_sigterm_does_not_wait_for_an_evaluation(trial: Trial) -> None:
+    """Step 3 is to be evaluated; the run that goes on makes up for it, once."""
+    ended = replace(trial, before_step=lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 3 else None)
+    with pytest.raises(SystemExit):
+        ended.run()
+    assert [n for n, known in by_step(trial.folder).items() if "eval_norm" in known] == [0]
+    trial.evaluations.clear()
+    trial.run()
+    assert len(trial.evaluations) == 2
+    assert [n for n, known in by_step(trial.folder).items() if "eval_norm" in known] == [0, 3, 6]
 
 
 def test_a_run_that_is_resumed_after_its_last_step_changes_nothing(trial: Trial) -> None:
@@ -266,3 +282,12 @@ def test_progress_of_a_resumed_run_adds_its_seconds() -> None:
 def test_rates_are_per_second_of_steady_training() -> None:
     progress = Progress(tokens=50, places=200, steady_examples=30, steady_tokens=900, steady_seconds=1.5)
     assert progress.rates() == {"pairs_per_s": 20.0, "tokens_per_s": 600.0, "padding_fraction": 0.75}
+
+
+def test_a_stage_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.5, 10.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    progress = Progress(seconds={"load": 4.0})
+    with progress.timed("reference"), progress.timed("load"):
+        pass
+    assert progress.seconds == {"load": 6.5, "reference": 7.5}
