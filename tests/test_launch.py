@@ -82,12 +82,24 @@ def test_train_and_reference_get_the_config_with_its_overrides(folder: Path, cal
 def test_data_takes_options_anywhere_among_the_overrides(folder: Path, calls: Calls):
     assert launch.main(["data", "config.yaml"]) == 0
     assert (
-        launch.main(["data", "config.yaml", "data.shuffle=false", "--split", "eval", "--examples", "5", "mesh.data=2"])
+        launch.main(
+            [
+                "data",
+                "config.yaml",
+                "data.shuffle=false",
+                "--split",
+                "eval",
+                "--stage",
+                "sft",
+                "--examples=5",
+                "mesh.data=2",
+            ]
+        )
         == 0
     )
     (_, plain, *rest), (_, changed, *changed_rest) = calls.made
-    assert (plain.data.shuffle, rest) == (True, ["train", 3])
-    assert (changed.data.shuffle, changed.mesh.data, changed_rest) == (False, 2, ["eval", 5])
+    assert (plain.data.shuffle, rest) == (True, [None, "train", 3])
+    assert (changed.data.shuffle, changed.mesh.data, changed_rest) == (False, 2, ["sft", "eval", 5])
 
 
 def test_convert_in_both_directions(folder: Path, calls: Calls):
