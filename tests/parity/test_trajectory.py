@@ -13,7 +13,6 @@ from jaxpo.training import metrics
 
 # ../shared/peers/trl_dpo.py --no-shuffle --pairs 24 --batch 8 --micro 2, float32.
 TRL_LOSSES = (0.6931471824645996, 0.6850278973579407, 0.6957072615623474)
-TRL_GRAD_NORMS = (17.22, 16.41, 15.27)
 
 CONFIG = """\
 output_dir: {out}
@@ -66,4 +65,3 @@ def test_three_steps_on_real_pairs_give_the_losses_of_trl(shared: Path, smollm2:
     assert done.returncode == 0, done.stderr
     lines = [line for line in metrics.read(out) if "loss" in line]
     assert [line["loss"] for line in lines] == pytest.approx(TRL_LOSSES, abs=1e-4)
-    assert [line["grad_norm"] for line in lines] == pytest.approx(TRL_GRAD_NORMS, abs=6e-3)
