@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from jaxpo import config_file, launch, run
 from jaxpo.config import Run
+from jaxpo.data.templates import TEMPLATES
 from jaxpo.errors import UserError
 from jaxpo.evaluation import plots
 from jaxpo.models.checkpoint import read_checkpoint
@@ -163,6 +164,12 @@ def test_without_evaluation(train: Train):
     assert found["reference"]["computed"] + found["reference"]["reused"] == 160
     assert [record["step"] for record in records(out)] == [1, 2]
     assert len(json.loads((out / "samples.json").read_text())["after"]) == 2
+
+
+def test_the_export_speaks_the_format_it_was_trained_in(train: Train, tiny: Path):
+    out = train("dpo", "data.chat_template=zephyr", "training.max_steps=1")
+    assert (out / "export/chat_template.jinja").read_text(encoding="utf-8") == TEMPLATES["zephyr"].source
+    assert (tiny / "llama/chat_template.jinja").read_text(encoding="utf-8") == TEMPLATES["chatml"].source
 
 
 @pytest.mark.parametrize("normalize", ["true", "false"])
