@@ -181,6 +181,9 @@ def test_eight_devices(
     check_same(found, base)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11), reason="newer partitioners split this lookup without moving an activation whole"
+)
 def test_a_rematerialisation_would_be_seen(capfd: pytest.CaptureFixture[str]) -> None:
     """A lookup in a table split along its width, as it would be without `Layout.gather_embedding`."""
     layout = Layout(make_mesh(MESHES["data 2, fsdp 2, tensor 2"]))
