@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: the model's checkpoint, the tokenised data, the mesh, the reference table."""
+"""From a config to the parts of a run: the model's checkpoint, the tokenised data, the mesh."""
 
 import dataclasses
 import decimal

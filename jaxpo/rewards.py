@@ -1,6 +1,6 @@
 """Reward models at work: texts in, rewards out; for judging answers, choosing the best of many, and rating data.
 
-Legend (see `jaxpo.batch`): M microbatches, R rows of a microbatch, X example slots of a row, B branches, K completions.
+Legend (see `jaxpo.batch`): M microbatches, R rows of a microbatch, X example slots of a row, K completions.
 """
 
 import sys
@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxpo.batch import DeviceBatch, Example
 from jaxpo.config import Dtype, MeshConfig
@@ -27,7 +25,7 @@ from jaxpo.errors import UserError
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, Learned, abstract_decoder
-from jaxpo.objectives.score import Scorer, microbatch
+from jaxpo.objectives.score import Scorer, all_scores
 from jaxpo.training.mesh import Layout, make_mesh
 
 # Examples that are packed, and go to the devices, at once.
@@ -177,12 +175,7 @@ class RewardModel:
 @partial(jax.jit, static_argnums=0)
 def _score(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> jax.Array:
     """The rewards [M, R, X, K] of a batch."""
-    M, R, X, B = batch.lengths.shape
-
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(out, scorer(decoder, microbatch(batch, i)).rewards, i, 0)
-
-    return lax.fori_loop(0, batch.num_microbatches, body, jnp.zeros((M, R, X, B - 1), jnp.float32))
+    return all_scores(scorer, decoder, batch).rewards
 
 
 def _preference(prompt: Said, completions: Sequence[Said]) -> Preference:

@@ -3,11 +3,17 @@
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from pydantic import ConfigDict
 
 from jaxpo.batch import Carry, Feedback, Metrics, Statistic
 
 STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+def in_order(better: jax.Array, worse: jax.Array) -> jax.Array:
+    """1 where what should be the larger one is, 0 where it is the smaller one, and one half for a tie."""
+    return 0.5 * (1.0 + jnp.sign(better - worse))
 
 
 class Plain:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from pydantic import PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass
 
-from jaxpo.batch import Completions, Metric, Metrics, Statistic
-from jaxpo.objectives.base import STRICT, Plain
+from jaxpo.batch import Completions, Metrics, Statistic
+from jaxpo.objectives.base import STRICT, Plain, in_order
 from jaxpo.objectives.divergences import AnyDivergence, ReverseKL
 from jaxpo.objectives.modifiers import NLL, AnyModifier
 
@@ -127,6 +127,10 @@ class Pairwise(Plain):
         """The implicit rewards [E] of both, for the metrics."""
         return pairs.beta * pairs.chosen, pairs.beta * pairs.rejected
 
+    def own_metrics(self, pairs: Pairs) -> Metrics:
+        """Metrics that this objective has besides those of all."""
+        return {}
+
     def pairs(self, c: Completions) -> Pairs:
         for m in self.modifiers:
             c = m.completions(c)
@@ -153,7 +157,7 @@ class Pairwise(Plain):
         metrics = {"loss": c.total(total), **pair_metrics(pairs.seen, *self.rewards(pairs))}
         if self.uses_reference:
             metrics |= distance_metrics(c)
-        return total, merged([metrics, *(more for _, more in terms)])
+        return total, merged([metrics, *(more for _, more in terms), self.own_metrics(pairs)])
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -191,18 +195,14 @@ def pair_metrics(c: Completions, chosen_reward: jax.Array, rejected_reward: jax.
     A pair whose two rewards are equal counts one half in `rewards/accuracies` (TRL counts it as wrong), so that a
     policy equal to its reference stands at chance. `logps/accuracies` ranks by the policy's own log-probs alone.
     """
-
-    def ranked(better: jax.Array, worse: jax.Array) -> Metric:
-        return c.metric(0.5 * (1.0 + jnp.sign(better - worse)))
-
     return {
         "rewards/chosen": c.metric(chosen_reward),
         "rewards/rejected": c.metric(rejected_reward),
         "rewards/margins": c.metric(chosen_reward - rejected_reward),
-        "rewards/accuracies": ranked(chosen_reward, rejected_reward),
+        "rewards/accuracies": c.metric(in_order(chosen_reward, rejected_reward)),
         "logps/chosen": c.metric(c.logps[:, 0]),
         "logps/rejected": c.metric(c.logps[:, 1]),
-        "logps/accuracies": ranked(c.logps[:, 0], c.logps[:, 1]),
+        "logps/accuracies": c.metric(in_order(c.logps[:, 0], c.logps[:, 1])),
         "mean_token_accuracy": c.per_token(c.correct[:, 0], c.lengths[:, 0]),
     }
 

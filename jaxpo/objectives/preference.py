@@ -19,22 +19,32 @@ LARGEST_SQUARED = 1e18
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DPO(Margin):
-    """Direct preference optimisation; label_smoothing > 0 is conservative DPO. See `losses.dpo`."""
+class Labelled(Margin):
+    """An objective whose loss is one of soft labels too; label_smoothing: the part of the labels taken for flipped."""
 
-    name: Literal["dpo"] = "dpo"
     label_smoothing: Smoothing = 0.0
 
     @property
     def takes_labels(self) -> bool:
         return True
 
-    def loss(self, pairs: Pairs) -> jax.Array:
-        return losses.dpo(self.delta(pairs), pairs.beta, losses.smooth(pairs.label, self.label_smoothing))
+    def label(self, pairs: Pairs) -> jax.Array:
+        """The probability [E] that the chosen answer is the better one, smoothed."""
+        return losses.smooth(pairs.label, self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DPONorm(Margin):
+class DPO(Labelled):
+    """Direct preference optimisation; label_smoothing > 0 is conservative DPO. See `losses.dpo`."""
+
+    name: Literal["dpo"] = "dpo"
+
+    def loss(self, pairs: Pairs) -> jax.Array:
+        return losses.dpo(self.delta(pairs), pairs.beta, self.label(pairs))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DPONorm(Labelled):
     """DPO on mean log-ratios per token, so that length earns nothing; it wants a larger beta than DPO.
 
     As TRL's sigmoid_norm; length-normalised DPO of Lambert et al. 2024, Tülu 3 (arXiv 2411.15124), eq. 6, with a beta
@@ -43,14 +53,9 @@ class DPONorm(Margin):
 
     name: Literal["dpo_norm"] = "dpo_norm"
     beta: PositiveFloat = 2.0
-    label_smoothing: Smoothing = 0.0
-
-    @property
-    def takes_labels(self) -> bool:
-        return True
 
     def loss(self, pairs: Pairs) -> jax.Array:
-        return losses.dpo(self.mean_delta(pairs), pairs.beta, losses.smooth(pairs.label, self.label_smoothing))
+        return losses.dpo(self.mean_delta(pairs), pairs.beta, self.label(pairs))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,7 +69,7 @@ class Hinge(Margin):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class IPO(Margin):
+class IPO(Labelled):
     """Identity preference optimisation on mean log-ratios per token, or on sums with `normalize: false`.
 
     The authors' experiments use the mean (as TRL does); the paper's equation reads as the sum. See `losses.ipo`.
@@ -72,16 +77,11 @@ class IPO(Margin):
 
     name: Literal["ipo"] = "ipo"
     normalize: bool = True
-    label_smoothing: Smoothing = 0.0
-
-    @property
-    def takes_labels(self) -> bool:
-        return True
 
     def loss(self, pairs: Pairs) -> jax.Array:
         delta = self.mean_delta(pairs) if self.normalize else self.delta(pairs)
         delta = jnp.clip(delta, -LARGEST_SQUARED, LARGEST_SQUARED)
-        return losses.ipo(delta, pairs.beta, losses.smooth(pairs.label, self.label_smoothing))
+        return losses.ipo(delta, pairs.beta, self.label(pairs))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,18 +96,14 @@ class Robust(Margin):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EXO(Margin):
+class EXO(Labelled):
     """Efficient exact optimisation; label_smoothing keeps the labels off 0 and 1. See `losses.exo`."""
 
     name: Literal["exo"] = "exo"
     label_smoothing: Annotated[float, Field(gt=0.0, lt=0.5)] = 1e-3
 
-    @property
-    def takes_labels(self) -> bool:
-        return True
-
     def loss(self, pairs: Pairs) -> jax.Array:
-        return losses.exo(self.delta(pairs), pairs.beta, losses.smooth(pairs.label, self.label_smoothing))
+        return losses.exo(self.delta(pairs), pairs.beta, self.label(pairs))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -122,7 +118,7 @@ class DiscoPOP(Margin):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RDPO(Margin):
+class RDPO(Labelled):
     """DPO with a penalty on length: each token more of the chosen answer makes up for alpha of the rewards' difference.
 
     Park et al. 2024 (arXiv 2403.19159), R-DPO: -ls(beta (c - r) + alpha (chosen tokens - rejected tokens)). What an
@@ -131,17 +127,12 @@ class RDPO(Margin):
 
     name: Literal["rdpo"] = "rdpo"
     alpha: PositiveFloat = 0.01
-    label_smoothing: Smoothing = 0.0
-
-    @property
-    def takes_labels(self) -> bool:
-        return True
 
     def margin(self, c: Completions) -> jax.Array:
-        return Margin.margin(self, c) - self.alpha * (c.lengths[:, 0] - c.lengths[:, 1])
+        return super().margin(c) - self.alpha * (c.lengths[:, 0] - c.lengths[:, 1])
 
     def loss(self, pairs: Pairs) -> jax.Array:
-        return losses.dpo(self.delta(pairs), pairs.beta, losses.smooth(pairs.label, self.label_smoothing))
+        return losses.dpo(self.delta(pairs), pairs.beta, self.label(pairs))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -215,74 +206,67 @@ class BCOPair(Pairwise):
     def next_carry(self, carry: Carry, metrics: Metrics) -> dict[str, jax.Array]:
         return reward_shift.updated(carry, metrics) if self.reward_shift else {}
 
-    def counted(self, pairs: Pairs) -> Metrics:
+    def own_metrics(self, pairs: Pairs) -> Metrics:
+        if not self.reward_shift:
+            return {}
         chosen, rejected = self.rewards(pairs)
         return reward_shift.counted(pairs.seen.metric(chosen), pairs.seen.metric(rejected))
 
     def loss(self, pairs: Pairs) -> jax.Array:
-        shift = reward_shift.after(pairs.seen.carry, self.counted(pairs)) if self.reward_shift else 0.0
+        shift = reward_shift.after(pairs.seen.carry, self.own_metrics(pairs)) if self.reward_shift else 0.0
         return losses.bco_pair(pairs.chosen, pairs.rejected, pairs.beta, shift)
 
-    def __call__(self, c: Completions) -> tuple[jax.Array, Metrics]:
-        share, metrics = Pairwise.__call__(self, c)
-        return share, {**metrics, **self.counted(self.pairs(c))} if self.reward_shift else metrics
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OrderStatistics(Pairwise):
+    """An objective over sorted values of the whole batch, whatever the microbatches and devices; no loss is a pair's.
+
+    Melnyk et al. 2024 (arXiv 2406.05882), alignment by optimal transport. The larger the batch, the better the
+    estimate. A subclass gives `ranked`.
+    """
+
+    label_smoothing: Smoothing = 0.0
+
+    @property
+    def couples_examples(self) -> bool:
+        return True
+
+    @property
+    def has_pair_losses(self) -> bool:
+        return False
+
+    def ranked(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+        """Two sets of values [E]: the first one's distribution is to dominate the second one's."""
+        raise TypeError(f"{type(self).__name__} ranks nothing")
+
+    def loss(self, pairs: Pairs) -> jax.Array:
+        """The loss of each order statistic, [E], laid where examples are: a mean over examples is one over gaps."""
+        present = pairs.seen.present
+        gaps, places = losses.sorted_gaps(*self.ranked(pairs), present)
+        loss = losses.dpo(gaps, pairs.beta, 1.0 - self.label_smoothing)
+        nth_present = jnp.cumsum(present) - 1
+        return jnp.where(present, jnp.where(places, loss, 0.0)[nth_present], 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AOT(Pairwise):
-    """Alignment by optimal transport: the margins' distribution of the policy is to dominate the reference's.
-
-    Melnyk et al. 2024 (arXiv 2406.05882), paired AOT. Order statistics are those of the whole batch, whatever the
-    microbatches and devices; the larger the batch, the better the estimate.
-    """
+class AOT(OrderStatistics):
+    """Paired AOT: the margins' distribution of the policy is to dominate the reference's."""
 
     name: Literal["aot"] = "aot"
-    label_smoothing: Smoothing = 0.0
 
-    @property
-    def couples_examples(self) -> bool:
-        return True
-
-    @property
-    def has_pair_losses(self) -> bool:
-        return False
-
-    def loss(self, pairs: Pairs) -> jax.Array:
+    def ranked(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
         c = pairs.seen
-        gaps, places = losses.sorted_gaps(
-            c.logps[:, 0] - c.logps[:, 1], c.reference_logps[:, 0] - c.reference_logps[:, 1], c.present
-        )
-        return in_places(gaps, places, pairs, self.label_smoothing)
+        return c.logps[:, 0] - c.logps[:, 1], c.reference_logps[:, 0] - c.reference_logps[:, 1]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AOTUnpaired(Pairwise):
-    """Alignment by optimal transport: chosen rewards, as a distribution, are to dominate rejected ones.
-
-    Melnyk et al. 2024 (arXiv 2406.05882), unpaired AOT: nothing is made of which chosen belongs to which rejected.
-    """
+class AOTUnpaired(OrderStatistics):
+    """Unpaired AOT: chosen rewards, as a distribution, are to dominate rejected ones, whichever they belong to."""
 
     name: Literal["aot_unpaired"] = "aot_unpaired"
-    label_smoothing: Smoothing = 0.0
 
-    @property
-    def couples_examples(self) -> bool:
-        return True
-
-    @property
-    def has_pair_losses(self) -> bool:
-        return False
-
-    def loss(self, pairs: Pairs) -> jax.Array:
-        gaps, places = losses.sorted_gaps(pairs.chosen, pairs.rejected, pairs.seen.present)
-        return in_places(gaps, places, pairs, self.label_smoothing)
-
-
-def in_places(gaps: jax.Array, places: jax.Array, pairs: Pairs, label_smoothing: float) -> jax.Array:
-    """The loss of each order statistic, [E], laid where examples are: a mean over examples is one over gaps."""
-    loss = losses.dpo(gaps, pairs.beta, 1.0 - label_smoothing)
-    nth_present = jnp.cumsum(pairs.seen.present) - 1
-    return jnp.where(pairs.seen.present, jnp.where(places, loss, 0.0)[nth_present], 0.0)
+    def ranked(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+        return pairs.chosen, pairs.rejected
 
 
 # Written out, for type checkers read it: what `objective.name` may be of the above.

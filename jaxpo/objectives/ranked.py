@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Feedback, Metrics, Statistic
 from jaxpo.objectives import losses
-from jaxpo.objectives.base import STRICT, Plain
+from jaxpo.objectives.base import STRICT, Plain, in_order
 from jaxpo.objectives.reference_free import AnyPair
 
 Most = Annotated[int, Field(ge=2)]
@@ -135,17 +135,15 @@ def list_metrics(c: Completions, rewards: jax.Array) -> Metrics:
     others = jnp.maximum(there.sum(axis=1) - 1, 1)
     best, rest = rewards[:, 0], jnp.where(there[:, 1:], rewards[:, 1:], 0.0).sum(axis=1) / others
     pairs = pairs_of_lists(c._replace(rewards=rewards))
-    right = 0.5 * (1.0 + jnp.sign(pairs.rewards[:, 0] - pairs.rewards[:, 1]))
     rival = jnp.where(there[:, 1:], rewards[:, 1:], -jnp.inf).max(axis=1)
-    top = 0.5 * (1.0 + jnp.sign(best - rival))
     rejected = jnp.where(there[:, 1:], c.logps[:, 1:], 0.0).sum(axis=1) / others
     distances = jnp.where(there, jnp.abs(c.logps - c.reference_logps), 0.0)
     return {
         "rewards/chosen": c.metric(best),
         "rewards/rejected": c.metric(rest),
         "rewards/margins": c.metric(best - rest),
-        "rewards/accuracies": pairs.metric(right),
-        "rewards/top1": c.metric(top),
+        "rewards/accuracies": pairs.metric(in_order(pairs.rewards[:, 0], pairs.rewards[:, 1])),
+        "rewards/top1": c.metric(in_order(best, rival)),
         "logps/chosen": c.metric(c.logps[:, 0]),
         "logps/rejected": c.metric(rejected),
         "mean_token_accuracy": c.per_token(c.correct[:, 0], c.lengths[:, 0]),

@@ -57,7 +57,12 @@ class ReferenceFreePairwise(Pairwise):
         return super().pairs(without_reference(c))._replace(beta=jnp.float32(self.beta))
 
     def __call__(self, c: Completions) -> tuple[jax.Array, Metrics]:
-        return with_nll(c, *super().__call__(c), self.own_nll)
+        share, metrics = super().__call__(c)
+        if not self.own_nll:
+            return share, metrics
+        nll, metric = chosen_nll(c, prompt="prompt" in self.statistics)
+        share = share + self.own_nll * nll
+        return share, {**metrics, "loss": c.total(share), "nll_loss": metric}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -162,22 +167,10 @@ class ORPO(ReferenceFreePairwise):
     def loss(self, pairs: Pairs) -> jax.Array:
         return pairs.beta * losses.orpo(self.log_odds(pairs))
 
-    def __call__(self, c: Completions) -> tuple[jax.Array, Metrics]:
-        log_odds = self.log_odds(self.pairs(c))
-        odds = {"log_odds_chosen": c.metric(log_odds), "log_odds_ratio": c.metric(-losses.orpo(log_odds))}
-        share, metrics = Pairwise.__call__(self, c)
-        return with_nll(c, share, metrics | odds, self.own_nll, prompt=self.nll_tokens == "all")
-
-
-def with_nll(
-    c: Completions, share: jax.Array, metrics: Metrics, coefficient: float, prompt: bool = False
-) -> tuple[jax.Array, Metrics]:
-    """A share of the loss with the chosen answers' mean negative log-likelihood per token added to it."""
-    if not coefficient:
-        return share, metrics
-    nll, metric = chosen_nll(c, prompt)
-    share = share + coefficient * nll
-    return share, {**metrics, "loss": c.total(share), "nll_loss": metric}
+    def own_metrics(self, pairs: Pairs) -> Metrics:
+        log_odds = self.log_odds(pairs)
+        seen = pairs.seen
+        return {"log_odds_chosen": seen.metric(log_odds), "log_odds_ratio": seen.metric(-losses.orpo(log_odds))}
 
 
 AnyPair = PairWithReference | CPO | SimPO | AlphaPO | ORPO

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Feedback, Metrics, Statistic
 from jaxpo.objectives import losses
-from jaxpo.objectives.base import STRICT, Plain
+from jaxpo.objectives.base import STRICT, Plain, in_order
 from jaxpo.objectives.ranked import Most, pairs_of_lists
 
 # Bins of the confidence in a pair's order, from 1/2 to 1, for `calibration_error`.
@@ -69,7 +69,7 @@ def reward_metrics(c: Completions, pairs: Completions) -> Metrics:
     absolute values (the expected calibration error of Guo et al. 2017, arXiv 1706.04599).
     """
     gap = pairs.rewards[:, 0] - pairs.rewards[:, 1]
-    right, confidence = 0.5 * (1.0 + jnp.sign(gap)), jax.nn.sigmoid(jnp.abs(gap))
+    right, confidence = in_order(*pairs.rewards.T), jax.nn.sigmoid(jnp.abs(gap))
     bins = jnp.minimum(((confidence - 0.5) * 2 * BINS).astype(jnp.int32), BINS - 1)
     there = c.lengths > 0
     mean = jnp.where(there, c.rewards, 0.0).sum(axis=1) / jnp.maximum(there.sum(axis=1), 1)

@@ -137,6 +137,20 @@ def microbatch(batch: DeviceBatch, i: jax.Array) -> DeviceBatch:
     return DeviceBatch(*(lax.dynamic_index_in_dim(f, i, keepdims=False) if jnp.ndim(f) > 1 else f for f in batch))
 
 
+def all_scores(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> Scores:
+    """The scores of a whole batch, fields [M, R, X, ...], a microbatch at a time."""
+
+    def one(i: jax.Array) -> Scores:
+        return scorer(decoder, microbatch(batch, i))
+
+    def body(i: jax.Array, so_far: Scores) -> Scores:
+        return jax.tree.map(lambda whole, part: lax.dynamic_update_index_in_dim(whole, part, i, 0), so_far, one(i))
+
+    M = batch.lengths.shape[0]
+    zero = jax.tree.map(lambda s: jnp.zeros((M, *s.shape), s.dtype), jax.eval_shape(one, jnp.int32(0)))
+    return lax.fori_loop(0, batch.num_microbatches, body, zero)
+
+
 def sum_by_slot(values_RS: jax.Array, slots_RS: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Sum values [R, S] into their slots [R, X, B]; a slot of X * B is none. No scatter: sums have one fixed order."""
     R, X, B = shape

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Carry, Completions, Feedback, Metric, Metrics
 from jaxpo.objectives import losses, reward_shift
-from jaxpo.objectives.base import STRICT, Plain
+from jaxpo.objectives.base import STRICT, Plain, in_order
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -111,11 +111,11 @@ def label_metrics(c: Completions, rewards: jax.Array, anchor: jax.Array) -> Metr
     their right side of the anchor, one half for one on it.
     """
     desirable = c.label >= 0.5
-    right = jnp.where(desirable, 1.0, -1.0) * jnp.sign(rewards - anchor)
+    above = in_order(rewards, anchor)
     ratio = (c.logps - c.reference_logps)[:, 0]
     return {
         **chosen_and_rejected(c, rewards),
-        "rewards/accuracies": c.metric(0.5 * (1.0 + right)),
+        "rewards/accuracies": c.metric(jnp.where(desirable, above, 1.0 - above)),
         "logps/chosen": c.metric(c.logps[:, 0], desirable),
         "logps/rejected": c.metric(c.logps[:, 0], ~desirable),
         "mean_token_accuracy": c.per_token(

@@ -7,12 +7,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxpo.batch import DeviceBatch, Example, HostBatch
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.decoder import Decoder
-from jaxpo.objectives.score import Scorer, microbatch
+from jaxpo.objectives.score import Scorer, all_scores
 
 
 class Examples(Protocol):
@@ -22,15 +21,9 @@ class Examples(Protocol):
 @partial(jax.jit, static_argnums=0)
 def score_batch(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> jax.Array:
     """The reference's statistics [M, R, X, Q, K] of every completion of a batch: log-prob sums, and shared ones."""
-    M, R, X, B = batch.lengths.shape
-    Q = 2 if "shared" in scorer.statistics else 1
-
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        scores = scorer(decoder, microbatch(batch, i))
-        both = jnp.stack([scores.logps, scores.shared][:Q], axis=-2)
-        return lax.dynamic_update_index_in_dim(out, both[..., 1:], i, 0)
-
-    return lax.fori_loop(0, batch.num_microbatches, body, jnp.zeros((M, R, X, Q, B - 1), jnp.float32))
+    scores = all_scores(scorer, decoder, batch)
+    statistics = [scores.logps, scores.shared] if "shared" in scorer.statistics else [scores.logps]
+    return jnp.stack(statistics, axis=-2)[..., 1:]
 
 
 def completion_logps(

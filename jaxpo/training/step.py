@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxpo.batch import Carry, DeviceBatch, Metrics, Objective
 from jaxpo.models.decoder import Decoder
-from jaxpo.objectives.score import Scorer, Scores, completions_of, microbatch
+from jaxpo.objectives.score import Scorer, Scores, all_scores, completions_of, microbatch
 from jaxpo.training.control import Control
 
 Gradients = Callable[[Decoder, DeviceBatch, Carry], tuple[tuple[jax.Array, Metrics], Any]]
@@ -59,20 +59,6 @@ def as_float32(tree: Any) -> Any:
 def zero_gradients(decoder: Any) -> Any:
     # Sums of many small terms: in bfloat16 they would depend on the number of microbatches.
     return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), decoder)
-
-
-def all_scores(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> Scores:
-    """The scores of a whole batch, fields [M, R, X, ...], a microbatch at a time."""
-
-    def one(i: jax.Array) -> Scores:
-        return scorer(decoder, microbatch(batch, i))
-
-    def body(i: jax.Array, so_far: Scores) -> Scores:
-        return jax.tree.map(lambda whole, part: lax.dynamic_update_index_in_dim(whole, part, i, 0), so_far, one(i))
-
-    M = batch.lengths.shape[0]
-    zero = jax.tree.map(lambda s: jnp.zeros((M, *s.shape), s.dtype), jax.eval_shape(one, jnp.int32(0)))
-    return lax.fori_loop(0, batch.num_microbatches, body, zero)
 
 
 def pull_back(scorer: Scorer, decoder: Decoder, batch: DeviceBatch, slopes: Scores) -> Any:
