@@ -1,7 +1,7 @@
 """Which objective to train with: from what one has to what to run. A pure function of a few answers."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from jaxpo.recipes import (
@@ -94,6 +94,17 @@ def advise(answers: Answers) -> Advice:
     """What to do for every set of answers: there is always something."""
     advice = _for_scorer(answers) if answers.goal == "scorer" else _FOR[answers.data](answers)
     return replace(advice, notes=tuple(dict.fromkeys((*advice.notes, *_always(answers, advice)))))
+
+
+def without_effect(answers: Answers) -> tuple[str, ...]:
+    """The fields that are said to be so and change nothing: without them all the advice is the same."""
+    idle: list[str] = []
+    for name in (name for name, value in asdict(answers).items() if value is True):
+        less = replace(answers, **{name: False})
+        if advise(less) == advise(answers):
+            idle.append(name)
+            answers = less
+    return tuple(idle)
 
 
 def _for_pairs(a: Answers) -> Advice:

@@ -7,6 +7,7 @@ reference, E example slots of what an objective sees: R * X of a microbatch, M *
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -49,6 +50,25 @@ class Metric(NamedTuple):
 
 Metrics = dict[str, Metric]
 Carry = Mapping[str, jax.Array]
+
+# What a metric is to become.
+Mode = Literal["min", "max"]
+# The names of metrics that are better the less, or the more, there is. Of rewards/chosen, logps/rejected, kl/chosen and
+# the like, which may go either way, that cannot be said.
+_LESS = ("loss", "*_loss", "*/loss", "loss/*", "kl", "kl/abs", "calibration_error")
+_MORE = ("accuracy", "*_accuracy", "*/accuracies", "*/top1", "margin", "*/margins", "log_odds_*")
+
+
+def direction(metric: str, mode: Mode | None = None) -> int:
+    """1 where more of a metric is better, -1 where less is, 0 where that cannot be said.
+
+    A mode says it; without one the metric's name does, be it of a training step or of an evaluation (`eval_`).
+    """
+    if mode is not None:
+        return 1 if mode == "max" else -1
+    name = metric.removeprefix("eval_")
+    more, less = (any(fnmatchcase(name, pattern) for pattern in patterns) for patterns in (_MORE, _LESS))
+    return more - less
 
 
 class Completions(NamedTuple):

@@ -7,12 +7,14 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from jaxpo.batch import Mode, direction
 from jaxpo.objectives import DPO, AnyObjective
 
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -144,7 +146,8 @@ class TrainingConfig:
     a packed row, and rows that one device computes at once; they change speed and memory, never the result. packing and
     share_prompt: off for comparisons only. num_epochs or max_steps, whichever ends first. eval_every, save_every: in
     steps; null means an evaluation before and after only, and a checkpoint after the last step only. best_metric: an
-    `eval_` metric whose best checkpoint is kept too.
+    `eval_` metric whose best checkpoint is kept too. best_mode: whether the smallest (min) or the largest (max) is the
+    best; null goes by the metric's name, which says it of losses, accuracies, margins and distances.
     """
 
     batch_size: PositiveInt = 64
@@ -158,7 +161,7 @@ class TrainingConfig:
     save_every: PositiveInt | None = 500
     keep_checkpoints: PositiveInt = 3
     best_metric: Named | None = None
-    best_mode: Literal["min", "max"] = "max"
+    best_mode: Mode | None = None
     seed: Seed = 0
     max_grad_norm: PositiveFloat | None = 1.0
 
@@ -246,12 +249,12 @@ class AdaptiveBeta:
 class EarlyStop:
     """End the run once `metric`, an `eval_` metric, was not better than its best for `patience` evaluations in a row.
 
-    Better is larger with mode max and smaller with min, by more than min_delta. The evaluation before the first step is
-    the first to be compared with.
+    Better is larger with mode max and smaller with min, by more than min_delta; null goes by the metric's name, as
+    training.best_mode. The evaluation before the first step is the first to be compared with.
     """
 
     metric: Named
-    mode: Literal["min", "max"] = "max"
+    mode: Mode | None = None
     patience: PositiveInt = 3
     min_delta: NonNegativeFloat = 0.0
 
@@ -350,6 +353,34 @@ def path_problem(path: str) -> str | None:
     return None
 
 
+def too_late(run: Run, steps: int, limit: str) -> Iterator[tuple[str, str]]:
+    """The keys of what would first act when the run's steps are over, which messages call `limit`; and what to say."""
+    expected = f"expected less than {limit}"
+    warmup, sync, every = run.optimizer.warmup_steps, run.reference.sync_steps, run.training.eval_every
+    if warmup is not None and warmup >= steps:
+        yield "optimizer.warmup_steps", f"is {warmup}; {expected}: the warmup would never end"
+    if sync is not None and sync >= steps:
+        yield "reference.sync_steps", f"is {sync}; {expected}: the reference would never move"
+    if run.control.max_kl is not None and (logged := run.logging.every) >= steps:
+        text = f"is looked at every {logged} steps (logging.every); {expected}: it would never end the run"
+        yield "control.max_kl", text
+    if (stop := run.control.early_stop) is not None and every is not None and stop.patience * every >= steps:
+        text = f"ends no run before step {stop.patience * every}, patience * training.eval_every; {expected}"
+        yield "control.early_stop", text
+
+
+def _misjudged(keys: str, metric: str, mode: Mode | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with a metric to judge by and its mode, whose keys begin with `keys`: which key, what to say."""
+    if not metric.startswith("eval_"):
+        yield f"{keys}metric", f'is "{metric}"; expected a metric of the evaluation, such as eval_loss'
+    elif direction(metric, mode) == 0:
+        text = f'is missing, and the name "{metric}" does not say whether more or less of it is better; '
+        yield f"{keys}mode", f"{text}expected min or max"
+    elif direction(metric, mode) == -direction(metric):
+        better, right = ("less", "min") if mode == "max" else ("more", "max")
+        yield f"{keys}mode", f"is {mode}, but {better} of {metric} is better; expected {right}, or the key left out"
+
+
 def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterator[Mistake]:
     """The mistakes within one run, which may start from `stages`; `place` is the path of the run itself."""
 
@@ -419,12 +450,11 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
     if training.eval_every is not None and not data.eval:
         text = f"is {training.eval_every} but data.eval is empty; expected data to evaluate"
         yield mistake("training.eval_every", text)
-    if training.best_metric is not None and not training.best_metric.startswith("eval_"):
-        text = f'is "{training.best_metric}"; expected a metric of the evaluation, such as eval_rewards/accuracies'
-        yield mistake("training.best_metric", text)
     if training.best_metric is not None and not data.eval:
         yield mistake("training.best_metric", "needs an evaluation but data.eval is empty; expected data to evaluate")
-    if training.best_metric is None and training.best_mode != "max":
+    if training.best_metric is not None:
+        yield from starmap(mistake, _misjudged("training.best_", training.best_metric, training.best_mode))
+    elif training.best_mode is not None:
         yield mistake("training.best_mode", "has no effect without training.best_metric; leave it out")
     if run.export.checkpoint == "best" and training.best_metric is None:
         yield mistake("export.checkpoint", "is best but training.best_metric is not set; expected a metric to judge by")
@@ -437,19 +467,17 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
     if band is not None and band.kl_low >= band.kl_high:
         text = f"is {band.kl_low:g}; expected less than control.adaptive_beta.kl_high, {band.kl_high:g}"
         yield mistake("control.adaptive_beta.kl_low", text)
-    if stop is not None and not stop.metric.startswith("eval_"):
-        text = f'is "{stop.metric}"; expected a metric of the evaluation, such as eval_loss'
-        yield mistake("control.early_stop.metric", text)
+    if stop is not None:
+        yield from starmap(mistake, _misjudged("control.early_stop.", stop.metric, stop.mode))
     if stop is not None and not data.eval:
         yield mistake("control.early_stop", "needs evaluations but data.eval is empty; expected data to evaluate")
     if stop is not None and data.eval and training.eval_every is None:
         text = "needs evaluations on the way, but training.eval_every is not set; expected a number of steps there"
         yield mistake("control.early_stop", text)
 
-    steps, warmup = training.max_steps, optimizer.warmup_steps
-    if steps is not None and warmup is not None and warmup >= steps:
-        text = f"is {warmup}; expected less than training.max_steps, {steps}: the warmup would never end"
-        yield mistake("optimizer.warmup_steps", text)
+    if training.max_steps is not None:
+        limit = f"training.max_steps, {training.max_steps}"
+        yield from starmap(mistake, too_late(run, training.max_steps, limit))
     if optimizer.schedule == "constant" and optimizer.min_learning_rate_ratio > 0.0:
         text = "has no effect with optimizer.schedule constant; leave it out, or take linear or cosine"
         yield mistake("optimizer.min_learning_rate_ratio", text)

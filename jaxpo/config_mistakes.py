@@ -89,7 +89,7 @@ def _follow(location: tuple[Key, ...]) -> tuple[KeyPath, Schema]:
 
 
 def _suggest(path: KeyPath, siblings: Sequence[str], root: dict[str, Any]) -> str:
-    """What may have been meant by an unknown key: one of that name elsewhere, a similar one, or else what there is."""
+    """What may have been meant by an unknown key: one of that name elsewhere, a similar one here, or what there is."""
     key, parent = str(path[-1]), path[:-1]
     run = path[:2] if path[0] == "stages" and len(path) > 2 else ()
     everywhere = [(*run, *known) for known in _key_paths(schema()["$defs"]["Run"], _at(root, run))]
@@ -101,8 +101,6 @@ def _suggest(path: KeyPath, siblings: Sequence[str], root: dict[str, Any]) -> st
             return f"did you mean {dotted(found[0])}?"
     if near := get_close_matches(key, siblings, n=1, cutoff=0.6):
         return f"did you mean {dotted((*parent, near[0]))}?"
-    if not elsewhere and (near := get_close_matches(key, [str(known[-1]) for known in everywhere], n=1, cutoff=0.8)):
-        return f"did you mean {dotted(next(known for known in everywhere if known[-1] == near[0]))}?"
     return f"expected one of {', '.join(siblings)}"
 
 

@@ -64,17 +64,22 @@ def dialogue(ask: Ask) -> Answers:
 
 def _choose(ask: Ask, text: str, choices: dict[str, T]) -> T:
     listed = "".join(f"\n  {n}  {name}" for n, name in enumerate(choices, 1))
-    while True:
-        said = ask(f"{text}{listed}\n1-{len(choices)} [1]: ").strip() or "1"
-        if said.isdecimal() and 1 <= int(said) <= len(choices):
-            return list(choices.values())[int(said) - 1]
+    numbers = {str(n): value for n, value in enumerate(choices.values(), 1)}
+    return _understood(
+        ask, f"{text}{listed}\n1-{len(choices)} [1]: ", numbers, "1", f"a number from 1 to {len(choices)}"
+    )
 
 
 def _yes(ask: Ask, text: str) -> bool:
-    while True:
-        said = ask(f"{text} [y/N]: ").strip().lower() or "n"
-        if said in ("y", "yes", "n", "no"):
-            return said.startswith("y")
+    return _understood(ask, f"{text} [y/N]: ", {"y": True, "yes": True, "n": False, "no": False}, "n", "y or n")
+
+
+def _understood(ask: Ask, text: str, meanings: dict[str, T], default: str, expected: str) -> T:
+    """What an answer means; asked again, with what was expected, until it is one that means something."""
+    complaint = ""
+    while (said := ask(f"{complaint}{text}").strip().lower() or default) not in meanings:
+        complaint = f"{said!r} is not understood; expected {expected}.\n"
+    return meanings[said]
 
 
 def text(answers: Answers, width: int) -> str:

@@ -156,23 +156,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output, `head` say, has seen enough; flushing it at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read the output, `head` say, has seen enough.
+        _discard_output()
         return 141
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _discard_output()
+        print(f"error: the output cannot be written: {error.strerror or error}.", file=sys.stderr)
+        return 2
     return 0
+
+
+def _output_fails() -> bool:
+    """Whether stdout takes nothing more, as on a full disk; the error of a write does not say of what file it is."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """What is left to be printed goes nowhere: flushed when Python ends, it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _advise(arguments: argparse.Namespace) -> None:
     import shutil
 
     from jaxpo import dialogue
-    from jaxpo.advise import Answers
+    from jaxpo.advise import Answers, without_effect
+    from jaxpo.errors import UserError
 
     parser: argparse.ArgumentParser = arguments.parser
     given = vars(arguments)
     flags = {field: True for field, _ in SITUATION.values() if given[field]}
     if arguments.data is not None:
         answers = Answers(data=arguments.data, goal=arguments.goal, **flags)
+        if idle := without_effect(answers):
+            names = {field: f"--{name}" for name, (field, _) in SITUATION.items()}
+            scorer = ["--reward-model"] if arguments.goal == "scorer" else []
+            rest = [f"--{arguments.data}", *scorer, *(names[field] for field in flags if field not in idle)]
+            have, them = ("has", "it") if len(idle) == 1 else ("have", "them")
+            said = ", ".join(names[field] for field in idle)
+            raise UserError(f"{said} {have} no effect with {' '.join(rest)}; leave {them} out.")
     elif not flags and arguments.goal == "policy" and sys.stdin.isatty():
         try:
             answers = dialogue.dialogue(input)
@@ -228,6 +256,7 @@ def _score(arguments: argparse.Namespace) -> None:
         Path(arguments.output),
         split=arguments.split,
         format=arguments.format,
+        chat_template=arguments.chat_template,
         max_length=arguments.max_length,
         compute_dtype=arguments.compute_dtype,
     )
@@ -308,10 +337,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--split", default="train", metavar="NAME", help="of the dataset (default train)")
     score.add_argument("--format", default="auto", metavar="NAME", help="how rows are read (default: by their columns)")
     score.add_argument(
+        "--chat-template", metavar="NAME", help="a file or a built-in name (default: the tokenizer's own)"
+    )
+    score.add_argument(
         "--max-length",
         type=_tokens,
         metavar="N",
-        help="tokens to cut prompt and answer to, as in training (default: none)",
+        help="tokens of a prompt with one answer; longer answers lose their end, a row whose prompt fills them is left "
+        "out (default: no limit)",
     )
     dtypes = ["float32", "bfloat16"]
     score.add_argument(

@@ -103,6 +103,8 @@ def prepare(run: Run, folder: Path) -> Parts:
             gather=layout.gather_embedding,
         ),
     )
+    for key, one in zip(("data.train", "data.eval"), parts.corpora, strict=False):
+        warn_of_one_kind(run, one, key)
     rows = np.ceil(training.batch_size * parts.train.mean_size(packing) / packing.row_length)
     usual = bucket(int(np.ceil(rows / packing.rows)))
     return dataclasses.replace(parts, packing=dataclasses.replace(packing, microbatches=usual))
@@ -186,6 +188,21 @@ def check_judgements(run: Run, source: dataset.TokenizedDataset) -> None:
         )
 
 
+def kinds(corpus: Corpus) -> tuple[float, float]:
+    """How many labelled answers are desirable and how many are not; a soft label counts as what it is."""
+    desirable = sum(float(source.labels.sum()) for source in corpus.sources)
+    return desirable, len(corpus) - desirable
+
+
+def warn_of_one_kind(run: Run, corpus: Corpus, key: str) -> None:
+    """Warn where the labelled answers of `key`, data.train or data.eval, are all desirable or all undesirable."""
+    if run.objective.feedback == "label" and 0.0 in (of := kinds(corpus)):
+        console.warn(
+            f"{key} has {of[0]:g} desirable and {of[1]:g} undesirable answers: objective {run.objective.name} has "
+            "nothing to tell apart; expected answers of both kinds"
+        )
+
+
 def advise_weights(run: Run, corpus: Corpus) -> None:
     """Say how desirable and undesirable answers weigh against each other; warn where KTO's authors advise otherwise.
 
@@ -194,17 +211,14 @@ def advise_weights(run: Run, corpus: Corpus) -> None:
     counts as what it is.
     """
     objective = run.objective
-    if not isinstance(objective, KTO | APOZeroUnpaired):
+    if not isinstance(objective, KTO | APOZeroUnpaired) or 0.0 in (of := kinds(corpus)):
         return
     sums = [float(source.labels.sum()) for source in corpus.sources]
     sizes = [len(source) for source in corpus.sources]
     times = corpus.weights or sizes
     desirable = sum(t * n / size for t, n, size in zip(times, sums, sizes, strict=True)) / sum(times)
     undesirable = 1.0 - desirable
-    counted = f"data.train has {sum(sums):g} desirable and {sum(sizes) - sum(sums):g} undesirable answers"
-    if not sum(sums) or sum(sums) == sum(sizes):
-        console.warn(f"{counted}: objective {objective.name} has nothing to tell apart; expected answers of both kinds")
-        return
+    counted = f"data.train has {of[0]:g} desirable and {of[1]:g} undesirable answers"
     ours, theirs = objective.desirable_weight * desirable, objective.undesirable_weight * undesirable
     counted += f", {desirable:.1%} of an epoch desirable" if corpus.weights else ""
     stand = f"{counted}; with their weights they stand {ours / theirs:.3g} to 1"

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 
 from jaxpo import atomic, console
-from jaxpo.config import DataSource, Dtype, Format
+from jaxpo.config import DataSource, Dtype, Format, path_problem
 from jaxpo.data import readers, sources
 from jaxpo.data.chat import Fitted, Refused
 from jaxpo.data.files import Row, Where
@@ -24,6 +25,15 @@ from jaxpo.rewards import RewardModel
 # Rows that are read, and scored, at once.
 CHUNK = 1024
 PAIR = ("chosen_score", "rejected_score")
+# What messages about data call by the keys of a config, and what that is called here.
+OPTIONS = {
+    "data.*.path": "ROWS",
+    "data.*.split": "--split",
+    "data.*.format: ": "--format ",
+    "data.*.format": "--format",
+    "with format: text": "with --format text",
+    "data.chat_template": "--chat-template",
+}
 
 
 @dataclass
@@ -50,6 +60,19 @@ class Tally:
             self.agreed += 0.5 * (1.0 + float(np.sign(rewards[0] - rewards[1])))
 
 
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Whatever is wrong inside is told by the command's options, for it has no config."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        for key, option in OPTIONS.items():
+            told = told.replace(key, option)
+        raise UserError(told) from error
+
+
+@naming_options()
 def rate(
     model: str,
     rows: str,
@@ -57,6 +80,7 @@ def rate(
     *,
     split: str = "train",
     format: Format = "auto",
+    chat_template: str | None = None,
     max_length: int | None = None,
     compute_dtype: Dtype = "float32",
 ) -> None:
@@ -65,15 +89,15 @@ def rate(
     A pair gets the columns chosen_score and rejected_score, a list `completions` the column scores, in its order, and a
     single answer the column rewards. Pairs and lists are then data that say by how much an answer is better.
     """
-    if output.exists():
-        raise UserError(f"--output {output} is there already; expected a file to be made. Nothing was changed.")
+    check_paths({"MODEL": model, "ROWS": rows, "--output": str(output), "--chat-template": chat_template or ""})
+    check_output(output)
     if format not in (known := get_args(Format)):
         raise UserError(f"--format is {format!r}; expected one of {', '.join(known)}.")
     source = DataSource(path=rows, split=split, format=format)
     stream = sources.read(source)
     head = next(stream)
     shape = detect_answers(Record(*head), source.format)
-    judge = RewardModel.load(model, max_length=max_length, compute_dtype=compute_dtype)
+    judge = RewardModel.load(model, chat_template=chat_template, max_length=max_length, compute_dtype=compute_dtype)
     tally = Tally()
     total = sources.open_rows(source).count()
     remaining = chain([head], stream)
@@ -88,6 +112,25 @@ def rate(
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}.") from error
     show(tally, shape, output)
+
+
+def check_paths(named: dict[str, str]) -> None:
+    for option, path in named.items():
+        if problem := path_problem(path):
+            raise UserError(f"{option} {problem}.")
+
+
+def check_output(output: Path) -> None:
+    """UserError unless a JSON Lines file may be made there."""
+    try:
+        there = output.exists()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}.") from error
+    if there:
+        raise UserError(f"--output {output} is there already; expected a file to be made. Nothing was changed.")
+    if output.suffix != ".jsonl":
+        found = f"the suffix {output.suffix}" if output.suffix else "no suffix"
+        raise UserError(f"--output {output} has {found}; expected a name that ends in .jsonl: JSON Lines are written.")
 
 
 def show(tally: Tally, shape: Shape, output: Path) -> None:

@@ -69,9 +69,14 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
     def tables(source: Source) -> tuple[np.ndarray, int, int]:
         """The source's statistics [n, Q, K], a table for each of the Q, and completions computed and reused."""
 
+        there = np.count_nonzero(source.completion_lengths, axis=1)
+        computed = 0
+
         # Two tables that are both missing come of one pass.
         @cache
         def compute(rows: range) -> np.ndarray:
+            nonlocal computed
+            computed += int(there[rows].sum())
             return reference_logps(parts, reference(), source)(rows)
 
         def filled(q: int, statistic: str) -> Filled:
@@ -89,9 +94,7 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
 
         wanted = STATISTICS if "shared" in run.objective.statistics else STATISTICS[:1]
         each = [filled(q, statistic) for q, statistic in enumerate(wanted)]
-        computed = max(one.computed_rows for one in each) * source.num_completions
-        total = len(source) * source.num_completions
-        return np.stack([one.values for one in each], axis=1), computed, total - computed
+        return np.stack([one.values for one in each], axis=1), computed, int(there.sum()) - computed
 
     found = [[tables(source) for source in one.sources] for one in parts.corpora]
     whole = [np.concatenate([values for values, _, _ in one]) for one in found]

@@ -62,6 +62,7 @@ class RewardModel:
         path: str | Path,
         revision: str | None = None,
         *,
+        chat_template: str | None = None,
         compute_dtype: Dtype = "float32",
         max_length: int | None = None,
         row_length: int = 1024,
@@ -69,7 +70,8 @@ class RewardModel:
     ) -> "RewardModel":
         """The reward model in a folder, jaxpo's own format included, or behind a hub id.
 
-        Its weights stay as they are stored, float32 or bfloat16. UserError where there is no reward model.
+        Its weights stay as they are stored, float32 or bfloat16. chat_template: a file or a built-in name, in place of
+        the tokenizer's own. UserError where there is no reward model.
         """
         checkpoint = read_checkpoint(path, revision, head="stored")
         config = checkpoint.decoder_config
@@ -84,7 +86,7 @@ class RewardModel:
         dtype = checkpoint.stored_dtype
         return cls(
             decoder=load_decoder(checkpoint, dtype, layout.decoder(config, abstract_decoder(config, dtype))),
-            encoder=Encoder(tokenizer, resolve_template(tokenizer, None)),
+            encoder=Encoder(tokenizer, resolve_template(tokenizer, chat_template)),
             scorer=Scorer(
                 compute_dtype=compute_dtype,
                 remat="none",

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxpo import atomic, console, run_folder
-from jaxpo.config import Run
+from jaxpo.config import Run, too_late
 from jaxpo.data import inspect, loader
 from jaxpo.delivery import deliver, end_ids
 from jaxpo.errors import UserError
@@ -136,11 +136,8 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     run, config, training = parts.run, parts.checkpoint.decoder_config, parts.run.training
     epoch = len(loader.epoch_order(parts.train, run.data.shuffle, training.seed))
     steps = loader.num_steps(epoch, training.batch_size, training.num_epochs, training.max_steps)
-    if (warmup := run.optimizer.warmup_steps) is not None and warmup >= steps:
-        raise UserError(
-            f"optimizer.warmup_steps is {warmup}, but the run has {steps} steps; expected less: the warmup would never "
-            "end."
-        )
+    for key, text in too_late(run, steps, f"the {steps} steps of the run"):
+        raise UserError(f"{key} {text}.")
     optimizer = make_optimizer(run.optimizer, config, steps, training.max_grad_norm)
     first = checkpoints.latest() or 0
     loaded: list[Decoder] = []

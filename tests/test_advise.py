@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from jaxpo import config_file, dialogue, launch
-from jaxpo.advise import Answers, Data, Goal, advise
+from jaxpo.advise import Answers, Data, Goal, advise, without_effect
 from jaxpo.config import Run, check
 from jaxpo.data import formats
 from jaxpo.data.files import Where
@@ -215,8 +215,13 @@ def test_a_dialogue_ends_with_advice(monkeypatch: pytest.MonkeyPatch, capsys: py
     out = capsys.readouterr().out
     expected = Answers("labels", noisy=True)
     assert out.strip().replace("\n   ", "\n") == dialogue.text(expected, 80).strip().replace("\n   ", "\n")
-    # What was not understood is asked again; every question but those is asked once.
+    # What was not understood is asked again, and why; every question but those is asked once.
     assert len(shown) == 2 + 1 + len(dialogue.QUESTIONS) + 1
+    again = [text.splitlines()[0] for text in shown if "not understood" in text]
+    assert again == [
+        "'seven' is not understood; expected a number from 1 to 5.",
+        "'maybe' is not understood; expected y or n.",
+    ]
 
 
 def test_a_dialogue_asks_only_what_matters():
@@ -245,6 +250,40 @@ def test_flags_say_the_same_as_the_dialogue(capsys: pytest.CaptureFixture[str], 
     assert capsys.readouterr().out == dialogue.text(Answers("rankings", goal="scorer"), 90) + "\n"
     assert {field for field, _ in launch.SITUATION.values()} == set(FLAGS) == {q.field for q in dialogue.QUESTIONS}
     assert set(launch.ROWS) == set(get_args(Data)) == set(dialogue.DATA.values())
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("--labels --noisy", "--noisy has no effect with --labels; leave it out."),
+        ("--labels --noisy --judge", "--noisy has no effect with --labels --judge; leave it out."),
+        ("--prompts --scores", "--scores has no effect with --prompts; leave it out."),
+        (
+            "--demonstrations --noisy --probabilities --scores --length-bias --right-or-wrong",
+            "--noisy, --probabilities, --scores, --length-bias, --right-or-wrong have no effect with "
+            "--demonstrations; leave them out.",
+        ),
+        (
+            "--labels --reward-model --base-model --tight",
+            "--base-model has no effect with --labels --reward-model --tight; leave it out.",
+        ),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_refused(said: str, expected: str, capsys: pytest.CaptureFixture[str]):
+    assert launch.main(["advise", *said.split()]) == 2
+    assert capsys.readouterr() == ("", f"error: {expected}\n")
+
+
+def test_flags_without_effect_are_those_without_which_the_advice_is_the_same():
+    for answers in every():
+        idle = without_effect(answers)
+        assert advise(replace(answers, **dict.fromkeys(idle, False))) == advise(answers)
+        if idle == ():
+            for name in (name for name in FLAGS if vars(answers)[name]):
+                assert advise(replace(answers, **{name: False})) != advise(answers), (name, answers)
+    # On it depends with which losses noise is borne.
+    assert without_effect(Answers("labels", noisy=True)) == ("noisy",)
+    assert without_effect(Answers("labels", noisy=True, tight=True)) == ()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--noisy"], ["--reward-model"], ["--pairs", "--labels"]])

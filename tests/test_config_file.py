@@ -180,7 +180,7 @@ WRONG_VALUES = [
     ("name: dpo", "name: exo_pair", f'objective.name is "exo_pair"; expected {NAMES} (did you mean exo?).'),
     ("name: dpo, ", "", f"x.yaml:7: objective.name is missing; expected {NAMES}."),
     ("name: dpo", "name: null", f"x.yaml:7: objective.name is null; expected {NAMES}."),
-    ("beta: 0.1", "beta: high", 'x.yaml:7: objective.beta is "high"; expected a number > 0.'),
+    ("beta: 0.1", "beta: high", 'x.yaml:7: objective.beta is "high"; expected a number >= 1e-06 and <= 1000000.'),
 ]
 
 
@@ -200,6 +200,9 @@ UNKNOWN_KEYS = [
     ("output_dir: runs/x", "outputdir: runs/x", "x.yaml:10: outputdir is unknown; did you mean output_dir?"),
     ("output_dir: runs/x", "zzz: 1", "x.yaml:10: zzz is unknown; expected one of "),
     ("output_dir: runs/x", "on: 1", "x.yaml:10: on is unknown; expected one of "),
+    # Of another section the same key is a suggestion, one that only looks like it is none.
+    ("{name: dpo, beta: 0.1}", "{name: reward, beta: 0.1}", "objective.beta is unknown; expected one of name, "),
+    ("batch_size: 64", "learning_rat: 1", "training.learning_rat is unknown; expected one of batch_size, "),
 ]
 
 
@@ -308,8 +311,8 @@ WRONG_OBJECTIVES = [
         "{name: all_pairs, pair: {name: dpo, max_completions: 3}}",
         "objective.pair.max_completions is unknown; did you mean objective.max_completions?",
     ),
-    ("{name: plackett_luce, max_completions: 1}", "objective.max_completions is 1; expected an integer >= 2."),
-    ("{name: reward, max_completions: 1}", "objective.max_completions is 1; expected an integer >= 2."),
+    ("{name: plackett_luce, max_completions: 1}", "objective.max_completions is 1; expected an integer >= 2 and <= 64."),
+    ("{name: reward, max_completions: 1}", "objective.max_completions is 1; expected an integer >= 2 and <= 64."),
     (
         "{name: mixture}",
         "objective.terms is missing; expected a list of at least 2, each item a mapping with keys such as weight, ",
@@ -332,7 +335,7 @@ WRONG_OBJECTIVES = [
     ),
     (
         "{name: mixture, terms: [{objective: {name: dpo}, weight: 0}, {objective: {name: sft}}]}",
-        "objective.terms.0.weight is 0; expected a number > 0.",
+        "objective.terms.0.weight is 0; expected a number >= 1e-06 and <= 1000000.",
     ),
 ]
 
@@ -461,6 +464,15 @@ BETWEEN_KEYS = [
     (["data.train=[{path: a, weight: 1}, {path: b}]"], "data.train.1.weight is missing where other sources have one"),
     (["data.eval=[{path: b}, {path: a, weight: 1}]"], "data.eval.1.weight has no effect"),
     (["training.best_mode=min"], "training.best_mode has no effect without training.best_metric"),
+    (
+        ["training.best_metric=eval_rewards/chosen"],
+        'training.best_mode is missing, and the name "eval_rewards/chosen" does not say whether more or less of it is '
+        "better; expected min or max",
+    ),
+    (
+        ["training.best_metric=eval_nll_loss", "training.best_mode=max"],
+        "training.best_mode is max, but less of eval_nll_loss is better; expected min, or the key left out",
+    ),
     (["output_dir=~nobody-here/x"], 'output_dir is "~nobody-here/x", the home of a user whom'),
     (["data.cache_dir=" + "x" * 256], "which is too long for the name of a file"),
     (["data.max_prompt_length=512"], "data.max_prompt_length is 512; expected less than data.max_length, 512"),
@@ -495,7 +507,29 @@ BETWEEN_KEYS = [
         ["control.early_stop={metric: eval_loss}"],
         "control.early_stop needs evaluations on the way, but training.eval_every is not set",
     ),
+    (
+        ["control.early_stop={metric: eval_confidence}", "training.eval_every=5"],
+        'control.early_stop.mode is missing, and the name "eval_confidence" does not say',
+    ),
+    (
+        ["control.early_stop={metric: eval_rewards/margins, mode: min}", "training.eval_every=5"],
+        "control.early_stop.mode is min, but more of eval_rewards/margins is better; expected max",
+    ),
     (["training.max_steps=5", "optimizer.warmup_steps=5"], "optimizer.warmup_steps is 5; expected less than "),
+    (
+        ["training.max_steps=5", "reference.sync_steps=5"],
+        "reference.sync_steps is 5; expected less than training.max_steps, 5: the reference would never move",
+    ),
+    (
+        ["training.max_steps=10", "control.max_kl=5"],
+        "control.max_kl is looked at every 10 steps (logging.every); expected less than training.max_steps, 10: it "
+        "would never end the run",
+    ),
+    (
+        ["training.max_steps=6", "training.eval_every=3", "control.early_stop={metric: eval_loss, patience: 2}"],
+        "control.early_stop ends no run before step 6, patience * training.eval_every; expected less than "
+        "training.max_steps, 6",
+    ),
     (
         ["optimizer.schedule=constant", "optimizer.min_learning_rate_ratio=0.1"],
         "optimizer.min_learning_rate_ratio has no effect with optimizer.schedule constant",
@@ -518,11 +552,15 @@ def test_settings_that_look_odd_but_make_sense(file: Path):
     load(file, GOOD, "optimizer.learning_rate=3.0")
     load(file, GOOD, "training.row_length=256", "data.max_prompt_length=511")
     load(file, GOOD, "training.best_metric=eval_loss", "training.best_mode=min", "export.checkpoint=best")
+    load(file, GOOD, "training.best_metric=eval_rewards/rejected", "training.best_mode=max")
     load(file, GOOD, "mesh={data: 2, fsdp: 2, tensor: 2}")
     load(file, GOOD, "reference.path=org/other", "reference.revision=main")
     load(file, GOOD, "reference={sync_steps: 512, mixup_alpha: 0.6}", "control.max_kl=5")
     load(file, GOOD, "objective={name: sft}", "training.eval_every=5", "control.early_stop={metric: eval_loss}")
     load(file, GOOD, "control.adaptive_beta={kl_low: 0, kl_high: 2}")
+    load(file, GOOD, "training.max_steps=11", "reference.sync_steps=10", "optimizer.warmup_steps=10")
+    early = ("control={max_kl: 5, early_stop: {metric: eval_loss, patience: 2}}", "training.eval_every=5")
+    load(file, GOOD, "training.max_steps=11", *early)
 
 
 STAGES = """\

@@ -84,15 +84,29 @@ def test_the_example_rows_are_rows_that_the_objective_can_use(path: Path):
         assert all(isinstance(one, Preference) for one in found)
 
 
-# Overrides that stand in a header or in the README: of an objective, or of a part of it.
-OVERRIDE = re.compile(r"(?<![\w.])(objective[\w.]*=(?:'[^']*'|[\w.-]+))")
+# Overrides that stand in a comment or in the README.
+OVERRIDE = re.compile(r"(?<![\w.])([a-z_][\w.]*=(?:'[^']*'|[\w./-]*\w))")
+
+
+def offered(path: Path) -> list[str]:
+    """The overrides in a config's comments, but for what a program in them says."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    text = "\n".join(line.removeprefix("#") for line in lines if line.startswith("#"))
+    found = OVERRIDE.findall(re.sub(r"<<'END'\n.*\n +END\n", "", text, flags=re.DOTALL))
+    return [" ".join(override.replace("'", "").split()) for override in found]
 
 
 @each_config
-def test_what_a_header_offers_besides_is_a_config_too(path: Path):
-    for found in OVERRIDE.findall(header(path)):
-        override = " ".join(found.replace("'", "").split())
+def test_what_a_comment_offers_besides_is_a_config_too(path: Path):
+    for override in offered(path):
         assert check(config_file.load(path, [override])) == [], override
+
+
+def test_overrides_in_comments_are_found():
+    found = {path.stem: offered(path) for path in CONFIGS}
+    assert found["dpo-smollm2-hh"][:2] == ["data.train.0.limit=200", "training.batch_size=8"]
+    assert found["dpo-norm-qwen2.5-ultrafeedback"] == ["objective={name: dpo, modifiers: [{name: ld, alpha: 0.5}]}"]
+    assert found["plackett-luce-qwen2.5-ultrafeedback"] == []
 
 
 def table() -> Iterator[tuple[str, str]]:
@@ -215,7 +229,7 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 
 def small(path: Path, tiny: Path, out: Path) -> Run:
-    """A config with the tiny model, rows like its own and two steps; its objective and its control as they are."""
+    """A config with the tiny model, rows like its own and two steps, in which its control acts; its own objective."""
     run = config_file.load(path)
     [train], [held_out] = run.data.train, run.data.eval
     out.mkdir(parents=True)
@@ -224,6 +238,7 @@ def small(path: Path, tiny: Path, out: Path) -> Run:
         "eval": write(out / "eval.jsonl", LIKE[held_out.path](read(tiny / "dpo-eval.jsonl", 4))),
     }
     sync = [] if run.reference.sync_steps is None else ["reference.sync_steps=1"]
+    stop = [] if run.control.early_stop is None else ["control.early_stop.patience=1"]
     return config_file.load(
         path,
         [
@@ -236,6 +251,7 @@ def small(path: Path, tiny: Path, out: Path) -> Run:
             "data.max_prompt_length=48",
             f"reference.cache_dir={tiny / 'reference'}",
             *sync,
+            *stop,
             "training.batch_size=4",
             "training.row_length=512",
             "training.num_epochs=1",

@@ -85,9 +85,9 @@ SCRATCH = ("model={scratch: {architecture: " + LLAMA + "}, compute_dtype: float3
 WORLD = "[{path: jaxpo:customer-service, split: test, limit: 16}]"
 TWO = ("data.train=[{path: TINY/dpo.jsonl, weight: 1}, {path: TINY/dpo-eval.jsonl, weight: 1}]",)
 EVERY_STEP = ("training.eval_every=1", "training.save_every=1")
-BEST = (*EVERY_STEP, "training.keep_checkpoints=1", "training.best_metric=eval_loss")
+BEST = (*EVERY_STEP, "training.keep_checkpoints=1", "training.best_metric=eval_kl/abs")
 BETA = ("control.adaptive_beta={kl_low: 0.3, kl_high: 0.9}",)
-STOP = ("control.early_stop={metric: eval_loss, mode: min, patience: 2}", "training.eval_every=1")
+STOP = ("control.early_stop={metric: eval_confidence, mode: min, patience: 2}", "training.eval_every=1")
 WANDB = ("logging.wandb={project: p}",)
 
 OPTIONS: dict[str, Option] = {
@@ -144,7 +144,11 @@ OPTIONS: dict[str, Option] = {
     "training.save_every": option("checkpoints", "training.save_every=3"),
     "training.keep_checkpoints": option("checkpoints", "training.keep_checkpoints=1", given=EVERY_STEP),
     "training.best_metric": option("checkpoints", "training.best_metric=null", given=BEST),
-    "training.best_mode": option("checkpoints", "training.best_mode=min", given=BEST),
+    "training.best_mode": option(
+        "checkpoints",
+        "training.best_mode=min",
+        given=(*BEST, "training.best_metric=eval_confidence", "training.best_mode=max"),
+    ),
     "training.seed": option("order", "training.seed=5"),
     "training.max_grad_norm": option("optimizer", "training.max_grad_norm=0.01"),
     "optimizer.name": option("error", "optimizer.name=sgd"),
@@ -162,13 +166,13 @@ OPTIONS: dict[str, Option] = {
     "control.adaptive_beta.rate": option("lines", "control.adaptive_beta.rate=0.5", given=BETA),
     "control.adaptive_beta.limit": option("lines", "control.adaptive_beta.limit=1.01", given=BETA),
     "control.max_kl": option("summary", "control.max_kl=0.5"),
-    "control.early_stop": option("summary", "control.early_stop={metric: eval_loss}", "training.eval_every=1"),
-    "control.early_stop.metric": option("summary", "control.early_stop.metric=eval_kl/abs", given=STOP),
+    "control.early_stop": option("summary", "control.early_stop={metric: eval_kl/abs}", "training.eval_every=1"),
+    "control.early_stop.metric": option("summary", "control.early_stop.metric=eval_loss", given=STOP),
     "control.early_stop.mode": option("summary", "control.early_stop.mode=max", given=STOP),
-    "control.early_stop.patience": option(
-        "summary", "control.early_stop.patience=3", given=(*STOP, "control.early_stop.mode=max")
+    "control.early_stop.patience": option("summary", "control.early_stop.patience=3", given=STOP),
+    "control.early_stop.min_delta": option(
+        "summary", "control.early_stop.min_delta=9.0", given=(*STOP, "control.early_stop.mode=max")
     ),
-    "control.early_stop.min_delta": option("summary", "control.early_stop.min_delta=9.0", given=STOP),
     "mesh.data": option("mesh", "mesh.data=2"),
     "mesh.fsdp": option("mesh", "mesh.fsdp=4", given=("mesh.data=-1", "mesh.fsdp=2")),
     "mesh.tensor": option("mesh", "mesh.tensor=2"),
@@ -310,9 +314,10 @@ class Watched:
 
     def _make_evaluation_step(self, objective: Objective, scorer: Any) -> Any:
         def step(decoder: Any, batch: Any, carry: Any) -> Any:
-            """Further from the reference, and a lower loss, from step to step."""
-            one = jnp.float32(1.0)
-            return {"loss": Metric(1.0 / (1.0 + carry["kl"]), one), "kl/abs": Metric(carry["kl"], one)}
+            """Further from the reference, a lower loss, and surer, from step to step."""
+            one, kl = jnp.float32(1.0), carry["kl"]
+            found = {"loss": 1.0 / (1.0 + kl), "kl/abs": kl, "confidence": kl}
+            return {name: Metric(value, one) for name, value in found.items()}
 
         return step
 

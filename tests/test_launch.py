@@ -17,6 +17,15 @@ from jaxpo.config import Run
 from jaxpo.errors import UserError
 
 CONFIG = "model: {path: m}\ndata: {train: [{path: d}]}\noutput_dir: out\n"
+TINY = """\
+model:
+  scratch:
+    architecture: {model_type: llama, hidden_size: 8, intermediate_size: 8, num_hidden_layers: 1}
+    tokenizer: {vocab_size: 300}
+data: {train: [{path: rows.jsonl}], cache_dir: cache, workers: 1}
+training: {batch_size: 1}
+output_dir: out
+"""
 COMMANDS = ["advise", "train", "reference", "data", "score", "convert", "convert from-hf", "convert to-hf", "schema"]
 
 
@@ -270,6 +279,24 @@ def test_a_wrong_config_ends_the_real_program_without_a_traceback(folder: Path):
         done.stderr
         == 'error: override training.seed=x: training.seed is "x"; expected an integer >= 0 and <= 4294967295.\n'
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["advise --pairs", "schema", "data config.yaml"])
+def test_a_full_disk_is_told_in_a_line(command: str, folder: Path):
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (folder / "config.yaml").write_text(TINY)
+    with Path("/dev/full").open("w") as full:
+        line = [sys.executable, "-m", "jaxpo.launch", *command.split()]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder)
+    assert done.stderr == "error: the output cannot be written: No space left on device.\n"
+    assert done.returncode == 2
+
+
+def test_another_error_of_the_system_is_a_defect(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    replace_run(monkeypatch, Calls(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        launch.main(["train", "config.yaml"])
 
 
 def test_a_reader_that_stops_early_is_no_error(folder: Path):

@@ -11,7 +11,7 @@ from jaxpo.config import DataConfig, ModelConfig, Run
 from jaxpo.data.loader import Corpus
 from jaxpo.objectives import DPO
 from jaxpo.objectives.unpaired import BCO, KTO, APOZeroUnpaired
-from jaxpo.prepare import advise_weights
+from jaxpo.prepare import advise_weights, warn_of_one_kind
 
 
 class Labels:
@@ -32,6 +32,13 @@ def advice(
     advise_weights(run, Corpus(sources, weights))
     told = capsys.readouterr()
     return " ".join(told.out.split()), " ".join(told.err.split())
+
+
+def one_kind(capsys: pytest.CaptureFixture[str], objective: Any, *sources: Any) -> str:
+    """What is warned of in data.eval."""
+    run = Run(model=ModelConfig(path="m"), data=DataConfig(), objective=objective)
+    warn_of_one_kind(run, Corpus(sources), "data.eval")
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_a_balance_inside_the_advice_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,9 +96,23 @@ def test_sources_with_weights_count_by_their_share_of_an_epoch(capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(("desirable", "undesirable"), [(5, 0), (0, 5)])
-def test_one_kind_alone_is_told(capsys: pytest.CaptureFixture[str], desirable: int, undesirable: int) -> None:
-    _, warned = advice(capsys, KTO(), Labels(desirable, undesirable))
-    assert "nothing to tell apart; expected answers of both kinds" in warned
+@pytest.mark.parametrize("objective", [KTO(), APOZeroUnpaired(), BCO()])
+def test_one_kind_alone_is_told(
+    capsys: pytest.CaptureFixture[str], objective: Any, desirable: int, undesirable: int
+) -> None:
+    source = Labels(desirable, undesirable)
+    assert one_kind(capsys, objective, source) == (
+        f"warning: data.eval has {desirable} desirable and {undesirable} undesirable answers: objective "
+        f"{objective.name} has nothing to tell apart; expected answers of both kinds"
+    )
+    assert advice(capsys, objective, source) == ("", "")
+
+
+def test_both_kinds_together_are_told_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert one_kind(capsys, BCO(), Labels(5, 0), Labels(0, 1)) == ""
+    assert one_kind(capsys, BCO(), Labels(0, 0, soft=(0.25, 0.25))) == ""
+    # Of pairs, every label may be 1.
+    assert one_kind(capsys, DPO(), Labels(5, 0)) == ""
 
 
 @pytest.mark.parametrize("objective", [DPO(), BCO()])

@@ -169,6 +169,96 @@ def test_a_file_that_is_there_is_left_alone(folder: Path, tmp_path: Path) -> Non
         rating.rate(str(folder), str(tmp_path / "rows.jsonl"), tmp_path / "no/out.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x" * 300, r'--output is ".*…", which is too long for the name of a file'),
+        ("x/" * 3000 + "y.jsonl", r"--output .* cannot be written: File name too long"),
+        ("rated.json", r"--output .*rated.json has the suffix .json; expected a name that ends in .jsonl"),
+        ("rated.jsonl.gz", r"rated.jsonl.gz has the suffix .gz; expected a name that ends in .jsonl"),
+        ("rated", r"rated has no suffix; expected a name that ends in .jsonl"),
+    ],
+)
+def test_a_name_that_no_json_lines_can_have(folder: Path, tmp_path: Path, name: str, words: str) -> None:
+    rows = write(tmp_path / "rows.jsonl", PAIRS)
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=words):
+        rating.rate(str(folder), str(rows), tmp_path / name)
+    assert tree(tmp_path) == before
+
+
+def test_paths_that_no_file_can_have(folder: Path, tmp_path: Path) -> None:
+    long, out = "x" * 300, tmp_path / "out.jsonl"
+    for option, model, rows, template in (
+        ("MODEL", long, "rows.jsonl", None),
+        ("ROWS", str(folder), long, None),
+        ("--chat-template", str(folder), "rows.jsonl", long),
+    ):
+        with pytest.raises(UserError, match=f'^{option} is ".*", which is too long for the name of a file'):
+            rating.rate(model, rows, out, chat_template=template)
+
+
+def test_what_is_wrong_is_told_by_the_options(
+    reward_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command has no config, and so no keys of one."""
+    folder = reward_model()
+    without = json.loads((folder / "tokenizer_config.json").read_text())
+    without.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(without))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    rows = str(write(tmp_path / "rows.jsonl", [PAIRS[1]]))
+    (tmp_path / "text.json").write_text('["a"]')
+    (tmp_path / "rows.csv").write_text("a")
+
+    def told(*arguments: str) -> str:
+        assert launch.main(["score", str(folder), *arguments, "--output", str(tmp_path / "out.jsonl")]) == 2
+        said = capsys.readouterr().err
+        assert "data." not in said
+        return said
+
+    assert "gone.jsonl (ROWS) does not exist" in told(str(tmp_path / "gone.jsonl"))
+    assert "rows.csv (ROWS) is no file that jaxpo reads" in told(str(tmp_path / "rows.csv"))
+    assert "has no split 'test' (--split), expected one of train" in told(rows, "--split", "test")
+    assert "fits no format that was asked for (--format alpaca)" in told(rows, "--format", "alpaca")
+    assert "Plain strings are read with --format text" in told(str(tmp_path / "text.json"))
+    assert "Name one in --chat-template: a file, or one of chatml, " in told(rows)
+    assert "--chat-template is 'chatlm', which is neither" in told(rows, "--chat-template", "chatlm")
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for")
+    assert "The chat template (--chat-template, or the tokenizer's own) is no valid Jinja" in told(
+        rows, "--chat-template", str(template)
+    )
+
+
+def test_another_chat_template_gives_other_rewards(folder: Path, tmp_path: Path) -> None:
+    (own,) = rated(folder, tmp_path, [PAIRS[1]])
+    (tmp_path / "rated.jsonl").unlink()
+    (other,) = rated(folder, tmp_path, [PAIRS[1]], chat_template="alpaca")
+    expected = RewardModel.load(folder, chat_template="alpaca").score([(PAIRS[1]["prompt"], ["Là."])])
+    np.testing.assert_allclose(other["chosen_score"], expected[0, 0], rtol=1e-5)
+    assert abs(own["chosen_score"] - other["chosen_score"]) > 1e-4
+
+
+def test_a_prompt_that_fills_the_length_leaves_its_row_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [PAIRS[0], {**PAIRS[0], "prompt": "Where is it? " * 40}]
+    assert len(rated(folder, tmp_path, rows, max_length=100)) == 1
+    assert "no_completion_left" in capsys.readouterr().out
+
+
+def test_a_run_for_a_model_is_told_where_its_model_is(folder: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", PAIRS)
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match=r"run has no config.json; expected a Hugging Face checkpoint\.$"):
+        rating.rate(str(run), str(rows), tmp_path / "out.jsonl")
+    (run / "export").symlink_to(folder)
+    with pytest.raises(UserError, match=r"has no config.json; .* Did you mean .*/run/export\?$"):
+        rating.rate(str(run), str(rows), tmp_path / "out.jsonl")
+
+
 def test_weights_that_are_no_numbers_are_told(reward_model: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 

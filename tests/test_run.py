@@ -232,8 +232,7 @@ def test_stages_in_order(train: Train, tiny: Path, tmp_path: Path):
 
 def test_the_best_checkpoint_is_kept_and_exported(train: Train, configured: Callable[..., Run]):
     changes = [
-        "training.best_metric=eval_loss",
-        "training.best_mode=max",  # the loss falls, so that the first evaluation after a step is the best
+        "training.best_metric=eval_kl/abs",  # the distance grows: the first evaluation after a step is the best
         "training.eval_every=2",
         "training.save_every=3",
         "training.keep_checkpoints=1",
@@ -258,7 +257,7 @@ def test_the_best_checkpoint_is_kept_and_exported(train: Train, configured: Call
 
 def test_a_best_metric_that_no_evaluation_gives(train: Train):
     with pytest.raises(UserError, match=r"best_metric is 'eval_reward'.*eval_rewards/accuracies"):
-        train("dpo", "training.best_metric=eval_reward")
+        train("dpo", "training.best_metric=eval_reward", "training.best_mode=max")
 
 
 def test_only_the_last_checkpoints_are_kept(train: Train):
@@ -336,16 +335,16 @@ def test_a_run_killed_after_it_has_stopped_is_finished_without_training(
 
 
 def test_a_run_that_gets_no_better_ends_and_gives_its_best(train: Train):
-    """By a loss that is to rise and only falls, the first checkpoint is the best."""
-    rule = "{metric: eval_loss, mode: max, patience: 2}"
-    best = ("training.best_metric=eval_loss", "export.checkpoint=best", "training.eval_every=1")
+    """By a distance that is to be small and only grows, the first checkpoint is the best."""
+    rule = "{metric: eval_kl/abs, patience: 2}"
+    best = ("training.best_metric=eval_kl/abs", "export.checkpoint=best", "training.eval_every=1")
     out = train("dpo", f"control.early_stop={rule}", *best)
     found, lines = summary(out), {line["step"]: line for line in records(out)}
     assert (found["steps"], found["exported_step"]) == (2, 1)
     assert found["stopped"]["step"] == 2
-    assert found["stopped"]["reason"].startswith(
-        "eval_loss was no better for 2 evaluations in a row; its best is 0.693"
-    )
+    reason = found["stopped"]["reason"]
+    assert reason.startswith("eval_kl/abs was no better for 2 evaluations in a row; its best is ")
+    assert reason.endswith(", of step 0")
     assert found["after"] == {name: value for name, value in lines[1].items() if name.startswith("eval_")}
 
 
@@ -514,6 +513,22 @@ def test_data_tells_of_unbalanced_labels(
     assert "they stand 0.6 to 1" in capfd.readouterr().err
 
 
+def test_labels_of_one_kind_are_told_of_either_split(
+    configured: Callable[..., Run], labels: Path, capfd: pytest.CaptureFixture[str]
+):
+    lines = labels.read_text(encoding="utf-8").splitlines(keepends=True)
+    for name, kept in (("good", lines[:6]), ("bad", lines[6:])):
+        labels.with_name(name).with_suffix(".jsonl").write_text("".join(kept), encoding="utf-8")
+    sources = [
+        f"data.{split}=[{{path: {labels.with_name(name)}.jsonl}}]"
+        for split, name in (("train", "good"), ("eval", "bad"))
+    ]
+    run.inspect_data(configured("dpo", "objective={name: bco}", *sources), None, "train", 0)
+    told = capfd.readouterr().err
+    assert "data.train has 6 desirable and 0 undesirable answers: objective bco has nothing to tell apart" in told
+    assert "data.eval has 0 desirable and 10 undesirable answers: objective bco has nothing to tell apart" in told
+
+
 def test_a_stage_that_starts_from_a_stage_can_be_moved(train: Train, tiny: Path, tmp_path: Path):
     """Stopped in the second stage, whose config names the place of the first one."""
     one = {
@@ -541,11 +556,21 @@ def test_a_stage_that_starts_from_a_stage_can_be_moved(train: Train, tiny: Path,
         )
 
 
+def test_by_default_a_loss_that_falls_stops_nothing_and_the_last_is_the_best(train: Train):
+    best = ("training.best_metric=eval_loss", "export.checkpoint=best", "training.eval_every=1")
+    found = summary(train("dpo", "control.early_stop={metric: eval_loss, patience: 2}", *best))
+    assert (found["steps"], found["stopped"], found["exported_step"]) == (6, None, 6)
+
+
 @pytest.mark.parametrize(
     ("control", "change", "told"),
     [
         ("control.max_kl=1000", "logging.every=2", r"logging\.every was 1 and is 2"),
-        ("control.early_stop={metric: eval_loss}", "training.eval_every=2", r"training\.eval_every was 3 and is 2"),
+        (
+            "control.early_stop={metric: eval_loss, patience: 1}",
+            "training.eval_every=2",
+            r"training\.eval_every was 3 and is 2",
+        ),
     ],
 )
 def test_where_a_run_looks_at_itself_may_not_change(control: str, change: str, told: str, train: Train):

@@ -29,6 +29,7 @@ from jaxpo.config import DataConfig, DataSource
 from jaxpo.data.chat import Encoder, Limits, resolve_template
 from jaxpo.data.files import FileHashes
 from jaxpo.data.formats import detect
+from jaxpo.data.readers import JUDGEMENTS
 from jaxpo.data.record import Record
 from jaxpo.data.sources import Rows, open_rows, read
 from jaxpo.data.templates import TEMPLATES
@@ -36,7 +37,7 @@ from jaxpo.data.tokenise import POOL_ROWS, Tokeniser, available_cores, tokenise
 from jaxpo.errors import UserError
 
 # To be raised with every change to how rows become tokens.
-CODE_VERSION = 2
+CODE_VERSION = 3
 _ARRAYS = ("tokens", "lengths", "labels", "scores", "wheres")
 _FILES = (*(f"{name}.npy" for name in _ARRAYS), "dropped.jsonl", "meta.json")
 
@@ -53,10 +54,10 @@ class TokenizedDataset:
     counts the examples that have none among others that have. fingerprint: a hash of the token ids of every example,
     order included, and of nothing else; judgements: the same of labels and scores. dropped: rows left out, or answers
     where each is an example of its own, by reason; dropped_path lists them. pairs_parted: pairs that became two
-    labelled answers. truncated: `prompt` counts examples, `completion` completions that were cut. boundary_moved:
-    examples whose tokenised prompt is no prefix of prompt and completion tokenised together. templated: examples that
-    the chat template rendered; the others are plain text. without_end: whole completions that end with no special
-    token.
+    labelled answers. unread: columns that are not read. truncated: `prompt` counts examples, `completion` completions
+    that were cut. boundary_moved: examples whose tokenised prompt is no prefix of prompt and completion tokenised
+    together. templated: examples that the chat template rendered; the others are plain text. without_end: whole
+    completions that end with no special token.
     """
 
     def __init__(self, folder: Path):
@@ -80,6 +81,7 @@ class TokenizedDataset:
             self.rows_read: int = meta["rows_read"]
             self.dropped: dict[str, int] = meta["dropped"]
             self.pairs_parted: int = meta["pairs_parted"]
+            self.unread: list[str] = meta["unread"]
             self.truncated: dict[str, int] = meta["truncated"]
             self.boundary_moved: int = meta["boundary_moved"]
             self.lost: str | None = meta["lost"]
@@ -159,12 +161,21 @@ class TokenizedDataset:
 
     def prompt_groups(self) -> np.ndarray:
         """A number [N] for each example, the same for those with the same prompt tokens, counted from 0."""
+        return self._groups(1)
+
+    def contradictions(self) -> int:
+        """How many answers to the same prompt are desirable in one example and undesirable in another."""
+        groups, labels = self._groups(2), self.labels
+        return len(np.intersect1d(groups[labels > 0.5], groups[labels < 0.5]))
+
+    def _groups(self, parts: int) -> np.ndarray:
+        """A number [N] for each example, the same for those whose first `parts` parts have the same tokens, from 0."""
         tokens, starts = np.asarray(self._tokens), self._starts[:: self.num_completions + 1].tolist()
         seen: dict[bytes, int] = {}
-        groups = [
-            seen.setdefault(hashlib.blake2b(tokens[start : start + n].tobytes(), digest_size=16).digest(), len(seen))
-            for start, n in zip(starts, self.prompt_lengths.tolist(), strict=False)
-        ]
+        groups = []
+        for start, lengths in zip(starts, np.asarray(self._lengths[:, :parts]), strict=False):
+            said = hashlib.blake2b(lengths.tobytes() + tokens[start : start + lengths.sum()].tobytes(), digest_size=16)
+            groups.append(seen.setdefault(said.digest(), len(seen)))
         return np.asarray(groups, np.int64)
 
     def verify(self) -> None:
@@ -283,6 +294,7 @@ def _write(partial: Path, key: dict[str, Any], rows: Rows, encoder: Encoder, lim
     scores: list[np.ndarray] = []
     wheres: list[tuple[int, int, int]] = []
     counts: Counter[str] = Counter()
+    columns: set[str] = set()
     dropped: Counter[str] = Counter()
     lost: str | None = None
     digest = hashlib.sha256()
@@ -305,6 +317,7 @@ def _write(partial: Path, key: dict[str, Any], rows: Rows, encoder: Encoder, lim
             ]
             rows_read += chunk.rows
             counts += chunk.counts
+            columns |= chunk.columns
             lost = lost if lost is not None else chunk.lost
             for drop in chunk.drops:
                 first_drop = first_drop or drop
@@ -337,6 +350,7 @@ def _write(partial: Path, key: dict[str, Any], rows: Rows, encoder: Encoder, lim
         "rows_read": rows_read,
         "dropped": dict(dropped.most_common()),
         "pairs_parted": counts["pairs_parted"],
+        "unread": sorted(columns - reading.shape.reads),
         "rated": counts["rated"],
         "truncated": {"prompt": counts["prompt_cut"], "completion": counts["completion_cut"]},
         "boundary_moved": counts["boundary_moved"],
@@ -384,6 +398,10 @@ def _warn_of(dataset: TokenizedDataset) -> None:
     n = len(dataset)
     if dataset.pairs_parted:
         console.say(f"{dataset.path}: {dataset.pairs_parted} pairs are read as {n} labelled answers.")
+    if unheard := sorted(JUDGEMENTS & set(dataset.unread)):
+        console.say(
+            f"{dataset.path}: {', '.join(unheard)} not read: rows of format {dataset.format} have no use for it."
+        )
     if dataset.boundary_moved:
         console.warn(
             f"{dataset.path}: in {dataset.boundary_moved} of {n} examples the tokenised prompt is no prefix of prompt "

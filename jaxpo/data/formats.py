@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxpo.data import readers
 from jaxpo.data.files import Row, Where
-from jaxpo.data.readers import LABELS, Preference, UnusableError
+from jaxpo.data.readers import JUDGEMENTS, LABELS, OF_PAIRS, RENDERED, Preference, UnusableError
 from jaxpo.data.record import Record, Said
 from jaxpo.errors import UserError
 
@@ -33,7 +33,7 @@ class Shape:
     """A set of columns that a format can have, what such a row says, and how it is read: see `jaxpo.data.readers`.
 
     needs: all of these columns; one_of: at least one of these, if it names any; excludes: none of these, unless the
-    format is named.
+    format is named. takes: columns that are read too, where a row has them.
     """
 
     format: str
@@ -42,6 +42,11 @@ class Shape:
     read: Callable[[Record, int], Preference]
     excludes: frozenset[str] = frozenset()
     one_of: frozenset[str] = frozenset()
+    takes: frozenset[str] = RENDERED
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.needs | self.one_of | self.takes
 
     def fits(self, columns: set[str]) -> bool:
         return self.needs <= columns and (not self.one_of or bool(self.one_of & columns))
@@ -53,10 +58,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a source are read for an objective that learns from `feedback`."""
+    """How the rows of a source are read for an objective that learns from `feedback`.
+
+    refuses: columns that no row may have, because they would judge its answers unheard. scored: whether every row says
+    scores, or none.
+    """
 
     shape: Shape
     feedback: "Feedback"
+    refuses: frozenset[str]
+    scored: bool
 
     @property
     def format(self) -> str:
@@ -74,7 +85,12 @@ def detect(record: Record, format: str, feedback: "Feedback", num_completions: i
     usable = [shape for shape in fits if shape.says in SERVES[feedback]]
     if not usable:
         raise _unserved(record, fits[0], feedback, num_completions)
-    return Reading(_only(record, usable, SERVES[feedback]), feedback)
+    shape = _only(record, usable, SERVES[feedback])
+    refuses = JUDGEMENTS - shape.reads if format == "auto" else frozenset[str]()
+    if shape.says == "pair" or shape.format == "text":
+        # In public data, often a category; a pair says by itself which answer is better, and a text answers nothing.
+        refuses -= {"label"}
+    return Reading(shape, feedback, refuses, scored="scores" in record.columns())
 
 
 def detect_answers(record: Record, format: str) -> Shape:
@@ -119,8 +135,13 @@ def parse(record: Record, reading: Reading, num_completions: int) -> list[Prefer
 
     An example has `num_completions` completions; of a ranking, at most so many.
     """
-    if not reading.shape.fits(record.columns()):
+    columns = record.columns()
+    if not reading.shape.fits(columns):
         raise _misfit(record, reading.format, [reading.shape])
+    if unheard := sorted(reading.refuses & columns):
+        raise _unheard(record, reading.format, unheard[0])
+    if reading.shape.says == "ranking" and ("scores" in columns) != reading.scored:
+        raise _half_scored(record, reading.scored)
     try:
         preferences = _preferences(record, reading, num_completions)
         _check_prompt(reading.shape, preferences[0])
@@ -164,22 +185,39 @@ def excerpt(row: Row) -> str:
 _CHOSEN = frozenset({"chosen", "rejected"})
 _ALPACA = frozenset({"instruction", "output"})
 _ASKED = frozenset({"conversations", "instruction"})
+_SYSTEM = RENDERED | {"system"}
+_AROUND = _SYSTEM | {"input", "history"}
 SHAPES = (
-    Shape("pairs", _CHOSEN | {"prompt"}, "pair", readers.pairs, excludes=_ASKED),
-    Shape("transcripts", _CHOSEN, "pair", readers.transcripts, excludes=_ASKED | {"prompt"}),
+    Shape("pairs", _CHOSEN | {"prompt"}, "pair", readers.pairs, excludes=_ASKED, takes=RENDERED | OF_PAIRS),
+    Shape(
+        "transcripts",
+        _CHOSEN,
+        "pair",
+        readers.transcripts,
+        excludes=_ASKED | {"prompt"},
+        takes=RENDERED | OF_PAIRS,
+    ),
     Shape(
         "helpsteer3",
         frozenset({"context", "response1", "response2", "overall_preference"}),
         "pair",
         readers.helpsteer3,
+        takes=RENDERED | OF_PAIRS,
     ),
-    Shape("conversations", _CHOSEN | {"conversations"}, "pair", readers.conversation_pairs),
+    Shape(
+        "conversations",
+        _CHOSEN | {"conversations"},
+        "pair",
+        readers.conversation_pairs,
+        takes=_SYSTEM | OF_PAIRS,
+    ),
     Shape(
         "conversations",
         frozenset({"conversations"}),
         "completion",
         readers.conversation,
         excludes=LABELS | _CHOSEN,
+        takes=_SYSTEM,
     ),
     Shape(
         "alpaca",
@@ -187,15 +225,31 @@ SHAPES = (
         "pair",
         readers.alpaca_pairs,
         excludes=frozenset({"conversations"}),
+        takes=_AROUND | OF_PAIRS,
     ),
-    Shape("alpaca", _ALPACA, "completion", readers.alpaca, excludes=LABELS | _CHOSEN),
+    Shape("alpaca", _ALPACA, "completion", readers.alpaca, excludes=LABELS | _CHOSEN, takes=_AROUND),
     Shape("completions", frozenset({"prompt", "completion"}), "completion", readers.completion, excludes=LABELS),
     Shape("messages", frozenset({"messages"}), "completion", readers.messages, excludes=LABELS),
-    Shape("text", frozenset({"text"}), "completion", readers.text, excludes=frozenset({"prompt", "messages"})),
+    Shape(
+        "text",
+        frozenset({"text"}),
+        "completion",
+        readers.text,
+        excludes=frozenset({"prompt", "messages"}),
+        takes=frozenset(),
+    ),
     Shape("labels", frozenset({"prompt", "completion"}), "label", readers.completion, one_of=LABELS),
     Shape("labels", frozenset({"messages"}), "label", readers.messages, one_of=LABELS),
-    Shape("labels", frozenset({"conversations"}), "label", readers.conversation, excludes=_CHOSEN, one_of=LABELS),
-    Shape("labels", _ALPACA, "label", readers.alpaca, excludes=_CHOSEN, one_of=LABELS),
+    Shape(
+        "labels",
+        frozenset({"conversations"}),
+        "label",
+        readers.conversation,
+        excludes=_CHOSEN,
+        one_of=LABELS,
+        takes=_SYSTEM,
+    ),
+    Shape("labels", _ALPACA, "label", readers.alpaca, excludes=_CHOSEN, one_of=LABELS, takes=_AROUND),
     Shape("labels", frozenset({"prompt", "completions", "labels"}), "label", readers.answer_list),
     Shape(
         "rankings",
@@ -203,6 +257,7 @@ SHAPES = (
         "ranking",
         readers.ranking,
         excludes=frozenset({"labels"}),
+        takes=RENDERED | {"scores"},
     ),
 )
 # What rows may say to serve an objective that learns from a kind of feedback, the fullest first.
@@ -328,6 +383,24 @@ def _unserved(record: Record, shape: Shape, feedback: "Feedback", num_completion
     return UserError(
         f"{found}, one answer to a prompt, but the objective {lacks}. Expected {wanted}, or objective.name "
         f"{OBJECTIVES['completion']}."
+    )
+
+
+def _unheard(record: Record, format: str, column: str) -> UserError:
+    """What to say of a column that judges answers, in a row that has no use for it."""
+    belongs = next(shape for shape in SHAPES if column in shape.reads)
+    return UserError(
+        f"{record.where} has a column {column}, which a row of format {format} has no use for; it belongs to rows such "
+        f"as {belongs}. Expected rows without it, or data.*.format: {format}, with which it is not read."
+    )
+
+
+def _half_scored(record: Record, scored: bool) -> UserError:
+    found = "null in its column scores" if "scores" in record.row else "no column scores"
+    found, first = (found, "has scores") if scored else ("a column scores", "has none")
+    return UserError(
+        f"{record.where} has {found}, but the first row of its source {first}. Expected scores in every row, or in "
+        "none, where the first answer of each list is its best."
     )
 
 

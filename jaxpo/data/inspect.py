@@ -76,6 +76,7 @@ def show_summary(dataset: Source) -> None:
     rows: list[tuple[str, object]] = [
         ("format", f"{dataset.format}, {how}"),
         ("rows read", dataset.rows_read),
+        *([("columns not read", ", ".join(dataset.unread))] if dataset.unread else []),
         ("examples kept", n),
         *((f"dropped: {reason}", count) for reason, count in dataset.dropped.items()),
         *judgements(dataset),
@@ -110,6 +111,8 @@ def judgements(dataset: Source) -> list[tuple[str, object]]:
         rows += [("pairs, read as two answers", dataset.pairs_parted)]
     if dataset.feedback == "label":
         rows += [("desirable", int((labels > 0.5).sum())), ("undesirable", int((labels < 0.5).sum()))]
+        if contradictions := dataset.contradictions():
+            rows += [("answers labelled both ways", contradictions)]
     if dataset.feedback == "ranking":
         rows += [(f"lists of {size}", int((sizes == size).sum())) for size in np.unique(sizes).tolist()]
     if dataset.soft:

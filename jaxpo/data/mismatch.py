@@ -57,7 +57,7 @@ class Mismatched:
         self.labels, self.soft, self.judgements = source.labels, source.soft, source.judgements
         self.path, self.split, self.format = source.path, source.split, source.format
         self.rows_read, self.dropped, self.dropped_path = source.rows_read, source.dropped, source.dropped_path
-        self.pairs_parted, self.templated = source.pairs_parted, source.templated
+        self.pairs_parted, self.templated, self.unread = source.pairs_parted, source.templated, source.unread
         self.boundary_moved, self.without_end = source.boundary_moved, source.without_end
 
     def __len__(self) -> int:
@@ -77,6 +77,9 @@ class Mismatched:
 
     def id(self, index: int) -> str:
         return self.source.id(index)
+
+    def contradictions(self) -> int:
+        return self.source.contradictions()
 
 
 def derangement(groups: np.ndarray) -> np.ndarray:

@@ -12,6 +12,11 @@ LABELS = frozenset({"label", "kto_tag"})
 SCORES = (("chosen_score", "rejected_score"), ("score_chosen", "score_rejected"))
 MARGIN = "margin"
 PROBABILITY = "chosen_probability"
+# What a row may say of a pair beside it, and every column that judges answers.
+OF_PAIRS = frozenset({name for names in SCORES for name in names} | {MARGIN, PROBABILITY})
+JUDGEMENTS = LABELS | OF_PAIRS | {"labels", "scores"}
+# What a row may say to the chat template.
+RENDERED = frozenset({"tools", "chat_template_kwargs"})
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -170,7 +175,10 @@ def labels_of(record: Record, listed: bool, count: int) -> list[float]:
         return labels
     named = sorted(LABELS & record.columns())
     if len(named) > 1:
-        raise UserError(f"{record.where} has two columns that say if the answer is desirable, {' and '.join(named)}.")
+        raise UserError(
+            f"{record.where} has two columns that say if the answer is desirable, {' and '.join(named)}. Expected one "
+            "of them."
+        )
     return [record.label(named[0])]
 
 

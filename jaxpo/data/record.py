@@ -12,8 +12,8 @@ Message = dict[str, Any]
 Said = str | list[Message]
 T = TypeVar("T")
 
-# What float32 can hold.
-LARGEST = 3.4e38
+# Ratings and margins go into losses as they are: none of a person's is as large, and a sum of these is far from inf.
+LARGEST = 1e6
 
 # What people call the speakers, and what chat templates do.
 ROLES = {
@@ -51,7 +51,7 @@ class Record:
         return self.encodable(column, value)
 
     def turns(self, column: str) -> list[Message]:
-        return self._turns(column, self.row[column])
+        return self._turns(column, self.row[column], "a list of messages")
 
     def said(self, column: str) -> Said:
         return self._said(column, self.row[column])
@@ -101,7 +101,7 @@ class Record:
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise self._wrong(column, value, "a number")
         if abs(value) > LARGEST:
-            raise self._wrong(column, value, f"a number of at most {LARGEST:.1e}")
+            raise self._wrong(column, value, f"a number from -{LARGEST:,.0f} to {LARGEST:,.0f}")
         return float(value)
 
     def _probability(self, column: str, value: Any, expected: str) -> float:
@@ -115,13 +115,15 @@ class Record:
         return self._probability(column, value, "true or false, 1 or 0, or a probability between them")
 
     def _said(self, column: str, value: Any) -> Said:
-        return self.encodable(column, value) if isinstance(value, str) else self._turns(column, value)
+        if isinstance(value, str):
+            return self.encodable(column, value)
+        return self._turns(column, value, "a string or a list of messages")
 
-    def _turns(self, column: str, value: Any) -> list[Message]:
+    def _turns(self, column: str, value: Any, expected: str) -> list[Message]:
         if isinstance(value, dict):
             value = [value]
         if not isinstance(value, list) or not value:
-            raise self._wrong(column, value, "a list of messages")
+            raise self._wrong(column, value, expected)
         return [self._message(f"{column}[{i}]", message) for i, message in enumerate(value)]
 
     def _message(self, column: str, message: Any) -> Message:

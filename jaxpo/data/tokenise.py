@@ -37,8 +37,8 @@ class Chunk:
     [n], scores [n, K]: as in `Example`. counts: `prompt_cut` (examples), `completion_cut` (completions),
     `boundary_moved` (examples), `templated` (examples rendered by the chat template), `without_end` (completions whose
     own end, uncut, is no special token), `rated` (examples with scores), `pairs_parted` (rows that became two labelled
-    answers, or one where the other is dropped). lost: text at the end of a prompt that the boundary moved over, from
-    the first such example.
+    answers, or one where the other is dropped). columns: those of any row that are not null. lost: text at the end of a
+    prompt that the boundary moved over, from the first such example.
     """
 
     rows: int
@@ -49,6 +49,7 @@ class Chunk:
     wheres: list[Where] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    columns: set[str] = field(default_factory=set)
     lost: str | None = None
 
 
@@ -60,7 +61,8 @@ class Tokeniser:
 
     def __call__(self, rows: list[tuple[Where, Row]]) -> Chunk:
         K = self.num_completions
-        parsed = [(i, part) for i, row in enumerate(rows) for part in parse(Record(*row), self.reading, K)]
+        records = [Record(*row) for row in rows]
+        parsed = [(i, part) for i, record in enumerate(records) for part in parse(record, self.reading, K)]
         usable = [(rows[i][0], part) for i, part in parsed if isinstance(part, Preference)]
         encoded = iter(self.encoder(usable))
 
@@ -70,6 +72,7 @@ class Tokeniser:
             lengths=np.zeros((most, K + 1), np.int32),
             labels=np.ones(most, np.float32),
             scores=np.zeros((most, K), np.float32),
+            columns={column for record in records for column in record.columns()},
         )
         flat: list[int] = []
         parted: set[int] = set()

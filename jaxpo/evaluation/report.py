@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpo import atomic, console
+from jaxpo.batch import direction
 
 Metrics = Mapping[str, float | int | None]
 
@@ -52,19 +53,6 @@ SHARES = (
     "confidence",
     "mean_token_accuracy",
 )
-# Whether more is better, of the metrics of which that can be said.
-MORE = (
-    "accuracy",
-    "rewards/accuracies",
-    "rewards/top1",
-    "logps/accuracies",
-    "mean_token_accuracy",
-    "margin",
-    "rewards/margins",
-    "log_odds_chosen",
-    "log_odds_ratio",
-)
-LESS = ("loss", "nll_loss", "calibration_error")
 
 _MARKER = re.compile(r"<\|[^|<>]+\|>|</?s>|\[/?INST\]")
 
@@ -158,7 +146,8 @@ def _value(bare: str, value: float | None, sign: str = "") -> str:
 
 
 def _style(bare: str, old: float | None, new: float | None) -> str:
-    better = (bare in MORE) - (bare in LESS or bare.startswith(TERM))
+    # A distance to the reference grows with whatever is learnt: that alone is nothing bad.
+    better = 0 if bare.startswith("kl") else direction(bare)
     if old is None or new is None or not better or old == new:
         return ""
     return "green" if (new - old) * better > 0 else "red"

@@ -120,7 +120,9 @@ def read_checkpoint(path: str | Path, revision: str | None = None, head: WantedH
     folder = resolve(path, revision)
     source = folder / "config.json"
     if not source.is_file():
-        raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint.")
+        export = folder / "export"
+        hint = f" Did you mean {export}?" if (export / "config.json").is_file() else ""
+        raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint.{hint}")
     hf_config = _read_json(source)
     if head == "lm" and families.is_classifier(hf_config):
         raise UserError(

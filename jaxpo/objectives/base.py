@@ -1,19 +1,31 @@
 """What objectives have in common: strict fields, and the plain answers to what `batch.Objective` asks."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from jaxpo.batch import Carry, Feedback, Metrics, Statistic
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
+# Hyper-parameters: what lies further out makes float32 overflow, or is lost in it.
+Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+# What float32 leaves of the difference of two equal sums of log-probs that were computed in rows of another layout.
+TIE = 1e-5
+
 
 def in_order(better: jax.Array, worse: jax.Array) -> jax.Array:
-    """1 where what should be the larger one is, 0 where it is the smaller one, and one half for a tie."""
-    return 0.5 * (1.0 + jnp.sign(better - worse))
+    """1 where what should be the larger one is, 0 where it is the smaller one, one half where they differ by rounding.
+
+    Log-probs in bfloat16 differ by more: a policy equal to its reference is at chance there only on average.
+    """
+    gap = better - worse
+    return jnp.where(jnp.abs(gap) <= TIE, 0.5, (gap > 0).astype(jnp.float32))
 
 
 class Plain:

@@ -3,11 +3,11 @@
 from typing import Annotated, Any, Literal
 
 import jax
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Carry, Completions, Metrics, Statistic
-from jaxpo.objectives.base import STRICT, Plain
+from jaxpo.objectives.base import STRICT, Plain, Positive
 from jaxpo.objectives.pairwise import merged
 from jaxpo.objectives.reference_free import AnyPair
 from jaxpo.objectives.supervised import SFT
@@ -17,7 +17,7 @@ from jaxpo.objectives.supervised import SFT
 class Term:
     """One objective of a sum and its weight; sft imitates the chosen answers."""
 
-    weight: PositiveFloat = 1.0
+    weight: Positive = 1.0
     objective: Annotated[AnyPair | SFT, Field(discriminator="name")]
 
 

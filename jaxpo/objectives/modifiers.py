@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Metric, Metrics, Statistic
-from jaxpo.objectives.base import STRICT
+from jaxpo.objectives.base import STRICT, Positive
 
 
 class Modifier:
@@ -96,7 +96,7 @@ class NLL(Modifier):
     """
 
     name: Literal["nll"] = "nll"
-    coefficient: PositiveFloat = 1.0
+    coefficient: Positive = 1.0
 
     per_pair: ClassVar[bool] = False
 
@@ -127,7 +127,7 @@ class ScoreMargin(Modifier):
     """
 
     name: Literal["score_margin"] = "score_margin"
-    scale: PositiveFloat = 1.0
+    scale: Positive = 1.0
     of: Literal["gap", "log_gap"] = "gap"
 
     uses_scores: ClassVar[bool] = True
@@ -146,7 +146,7 @@ class ScoreLabels(Modifier):
     """
 
     name: Literal["score_labels"] = "score_labels"
-    scale: PositiveFloat = 1.0
+    scale: Positive = 1.0
 
     uses_scores: ClassVar[bool] = True
     sets_labels: ClassVar[bool] = True

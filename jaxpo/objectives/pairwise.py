@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from pydantic import PositiveFloat, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Metrics, Statistic
-from jaxpo.objectives.base import STRICT, Plain, in_order
+from jaxpo.objectives.base import STRICT, Plain, Positive, in_order
 from jaxpo.objectives.divergences import AnyDivergence, ReverseKL
 from jaxpo.objectives.modifiers import NLL, AnyModifier
 
@@ -41,7 +41,7 @@ class Pairwise(Plain):
     modifiers: see `objectives.modifiers`.
     """
 
-    beta: PositiveFloat = 0.1
+    beta: Positive = 0.1
     modifiers: tuple[AnyModifier, ...] = ()
 
     @property

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Carry, Completions, Metrics
 from jaxpo.objectives import losses, reward_shift
-from jaxpo.objectives.base import STRICT
+from jaxpo.objectives.base import STRICT, Positive
 from jaxpo.objectives.pairwise import Margin, Pairs, Pairwise
 
 Smoothing = Annotated[float, Field(ge=0.0, lt=0.5)]
@@ -52,7 +52,7 @@ class DPONorm(Labelled):
     """
 
     name: Literal["dpo_norm"] = "dpo_norm"
-    beta: PositiveFloat = 2.0
+    beta: Positive = 2.0
 
     def loss(self, pairs: Pairs) -> jax.Array:
         return losses.dpo(self.mean_delta(pairs), pairs.beta, self.label(pairs))
@@ -111,7 +111,7 @@ class DiscoPOP(Margin):
     """The log-ratio modulated loss, found by a language model. See `losses.discopop`."""
 
     name: Literal["discopop"] = "discopop"
-    tau: PositiveFloat = 0.05
+    tau: Positive = 0.05
 
     def loss(self, pairs: Pairs) -> jax.Array:
         return losses.discopop(self.delta(pairs), pairs.beta, self.tau)
@@ -126,7 +126,7 @@ class RDPO(Labelled):
     """
 
     name: Literal["rdpo"] = "rdpo"
-    alpha: PositiveFloat = 0.01
+    alpha: Positive = 0.01
 
     def margin(self, c: Completions) -> jax.Array:
         return super().margin(c) - self.alpha * (c.lengths[:, 0] - c.lengths[:, 1])
@@ -140,7 +140,7 @@ class DPOP(Pairwise):
     """DPO-positive (Smaug): the chosen answer is not to become less likely than it was. See `losses.dpop`."""
 
     name: Literal["dpop"] = "dpop"
-    penalty: PositiveFloat = 50.0
+    penalty: Positive = 50.0
 
     def loss(self, pairs: Pairs) -> jax.Array:
         return losses.dpop(pairs.chosen, pairs.rejected, pairs.beta, self.penalty)

@@ -5,15 +5,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Feedback, Metrics, Statistic
 from jaxpo.objectives import losses
-from jaxpo.objectives.base import STRICT, Plain, in_order
+from jaxpo.objectives.base import STRICT, Plain, Positive, in_order
 from jaxpo.objectives.reference_free import AnyPair
 
-Most = Annotated[int, Field(ge=2)]
+# A step's arrays have places for the longest list, whatever the data's are: nobody ranks more answers than this.
+Most = Annotated[int, Field(ge=2, le=64)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -21,7 +22,7 @@ class PlackettLuce(Plain):
     """DPO on whole rankings under Plackett and Luce's model; with two answers it is DPO. See `losses.plackett_luce`."""
 
     name: Literal["plackett_luce"] = "plackett_luce"
-    beta: PositiveFloat = 0.1
+    beta: Positive = 0.1
     max_completions: Most = 4
 
     feedback: ClassVar[Feedback] = "ranking"

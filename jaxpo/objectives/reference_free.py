@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import model_validator
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Metrics, Statistic
 from jaxpo.objectives import losses
-from jaxpo.objectives.base import STRICT
+from jaxpo.objectives.base import STRICT, NotNegative, Positive
 from jaxpo.objectives.modifiers import chosen_nll, without_reference
 from jaxpo.objectives.pairwise import Pairs, Pairwise
 from jaxpo.objectives.preference import PairWithReference, Smoothing
@@ -73,7 +73,7 @@ class CPO(ReferenceFreePairwise):
     """
 
     name: Literal["cpo"] = "cpo"
-    nll_coefficient: NonNegativeFloat = 1.0
+    nll_coefficient: NotNegative = 1.0
     label_smoothing: Smoothing = 0.0
 
     @property
@@ -94,9 +94,9 @@ class SimPO(ReferenceFreePairwise):
     """
 
     name: Literal["simpo"] = "simpo"
-    beta: PositiveFloat = 2.0
-    gamma: NonNegativeFloat = 1.0
-    nll_coefficient: NonNegativeFloat = 0.0
+    beta: Positive = 2.0
+    gamma: NotNegative = 1.0
+    nll_coefficient: NotNegative = 0.0
     label_smoothing: Smoothing = 0.0
 
     @property

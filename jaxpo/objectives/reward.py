@@ -4,12 +4,11 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import NonNegativeFloat
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Completions, Feedback, Metrics, Statistic
 from jaxpo.objectives import losses
-from jaxpo.objectives.base import STRICT, Plain, in_order
+from jaxpo.objectives.base import STRICT, NotNegative, Plain, in_order
 from jaxpo.objectives.ranked import Most, pairs_of_lists
 
 # Bins of the confidence in a pair's order, from 1/2 to 1, for `calibration_error`.
@@ -26,8 +25,8 @@ class Reward(Plain):
     """
 
     name: Literal["reward"] = "reward"
-    margin: NonNegativeFloat = 0.0
-    center_rewards_coefficient: NonNegativeFloat = 0.0
+    margin: NotNegative = 0.0
+    center_rewards_coefficient: NotNegative = 0.0
     max_completions: Most = 4
 
     feedback: ClassVar[Feedback] = "ranking"

@@ -4,19 +4,18 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import PositiveFloat
 from pydantic.dataclasses import dataclass
 
 from jaxpo.batch import Carry, Completions, Feedback, Metric, Metrics
 from jaxpo.objectives import losses, reward_shift
-from jaxpo.objectives.base import STRICT, Plain, in_order
+from jaxpo.objectives.base import STRICT, Plain, Positive, in_order
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Unpaired(Plain):
     """An objective over labelled completions; a subclass gives its `__call__`."""
 
-    beta: PositiveFloat = 0.1
+    beta: Positive = 0.1
 
     feedback: ClassVar[Feedback] = "label"
 
@@ -40,8 +39,8 @@ class KTO(Unpaired):
     """
 
     name: Literal["kto"] = "kto"
-    desirable_weight: PositiveFloat = 1.0
-    undesirable_weight: PositiveFloat = 1.0
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     @property
     def num_completions(self) -> int:
@@ -89,8 +88,8 @@ class APOZeroUnpaired(Unpaired):
     """Anchored preference optimisation on single answers: KTO whose reference point is 0. See `losses`."""
 
     name: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
-    desirable_weight: PositiveFloat = 1.0
-    undesirable_weight: PositiveFloat = 1.0
+    desirable_weight: Positive = 1.0
+    undesirable_weight: Positive = 1.0
 
     def __call__(self, c: Completions) -> tuple[jax.Array, Metrics]:
         ratio, beta = (c.logps - c.reference_logps)[:, 0], self.beta * c.beta_scale

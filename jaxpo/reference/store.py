@@ -244,12 +244,12 @@ def fill(
 
 
 def _compute(table: ReferenceTable, missing: list[range], compute: Callable[[range], np.ndarray]) -> None:
-    N, K = table.key.num_rows, table.key.num_completions
+    N = table.key.num_rows
     done = N - sum(map(len, missing))
-    with progress("reference log-probs", total=N * K, unit="completions", completed=done * K) as shown:
+    with progress("reference log-probs", total=N, unit="examples", completed=done) as shown:
         for chunk in missing:
             table.write(chunk, compute(chunk))
-            shown.advance(len(chunk) * K)
+            shown.advance(len(chunk))
 
 
 @contextmanager

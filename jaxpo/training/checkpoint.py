@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from jaxpo.batch import direction
 from jaxpo.config import TrainingConfig
 from jaxpo.errors import UserError
 from jaxpo.models.checksums import check_sums, checksums
@@ -109,14 +110,14 @@ class Checkpoints:
 
     def rank(self, step: int, metrics: Record) -> None:
         """What is known of a step, saved or about to be; without a finite best_metric in it, nothing changes."""
-        value = metrics.get(self._config.best_metric) if self._config.best_metric is not None else None
-        if value is not None and math.isfinite(value):
-            self._ranked[step] = value
+        metric, mode = self._config.best_metric, self._config.best_mode
+        value = metrics.get(metric) if metric is not None else None
+        if metric is not None and value is not None and math.isfinite(value):
+            self._ranked[step] = direction(metric, mode) * value
 
     def _best_of(self, steps: Sequence[int]) -> int | None:
-        sign = -1.0 if self._config.best_mode == "min" else 1.0
         candidates = [step for step in steps if step in self._ranked]
-        return max(candidates, key=lambda step: (sign * self._ranked[step], step), default=None)
+        return max(candidates, key=lambda step: (self._ranked[step], step), default=None)
 
     def path(self, step: int) -> Path:
         return self._folder / str(step)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpo.batch import Carry, Metrics
+from jaxpo.batch import Carry, Metrics, direction
 from jaxpo.config import AdaptiveBeta, ControlConfig
 from jaxpo.training.metrics import Record
 
@@ -104,5 +104,4 @@ class Watch:
         assert rule is not None
         if self._best is None:
             return True
-        gain = value - self._best if rule.mode == "max" else self._best - value
-        return gain > rule.min_delta
+        return direction(rule.metric, rule.mode) * (value - self._best) > rule.min_delta

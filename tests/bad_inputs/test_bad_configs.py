@@ -70,13 +70,14 @@ VALUES = [
     one("training.seed=-1", "training.seed is -1; expected an integer >= 0"),
     one("training.seed=4294967296", "training.seed is 4294967296; expected an integer >= 0 and <= 4294967295"),
     one("training.max_grad_norm=0", "training.max_grad_norm is 0; expected a number > 0 or null"),
-    one(
-        "training.best_metric=eval_acuracy",
-        "training.best_metric is 'eval_acuracy'",
-        "eval_logps/rejected, eval_loss",
+    one("training.best_metric=eval_acuracy", 'training.best_mode is missing, and the name "eval_acuracy" does not say'),
+    Case(
+        "best checkpoint by a metric that is none",
+        ("training.best_metric is 'eval_acuracy'", "eval_logps/rejected, eval_loss"),
+        ("training.best_metric=eval_acuracy", "training.best_mode=max"),
     ),
     one("training.best_metric=loss", 'training.best_metric is "loss"; expected a metric of the evaluation'),
-    one("training.best_mode=maximum", 'training.best_mode is "maximum"; expected one of min, max (did you mean max?)'),
+    one("training.best_mode=maximum", 'training.best_mode is "maximum"; expected one of min, max or null', "mean max?"),
     one("training.best_mode=min", "training.best_mode", "training.best_metric"),
     one("optimizer.learning_rate=nan", 'optimizer.learning_rate is "nan"; expected a number > 0'),
     one("optimizer.learning_rate=.nan", "optimizer.learning_rate is .nan; expected a number of a sensible size"),
@@ -90,7 +91,7 @@ VALUES = [
     one("optimizer.warmup_ratio=10", "optimizer.warmup_ratio is 10; expected a number >= 0 and <= 1"),
     one("optimizer.warmup_steps=2", "optimizer.warmup_steps is 2; expected less than training.max_steps, 1"),
     one("objective.name=dop", 'objective.name is "dop"; expected one of all_pairs, alphapo, ', "(did you mean dpo?)"),
-    one("objective.beta=0", "objective.beta is 0; expected a number > 0"),
+    one("objective.beta=0", "objective.beta is 0; expected a number >= 1e-06"),
     one("objective.label_smoothing=0.5", "objective.label_smoothing is 0.5; expected a number >= 0 and < 0.5"),
     one("objective={name: nca, label_smoothing: 0.1}", "objective.label_smoothing is unknown; expected one of"),
     one("objective={beta: 0.1}", "objective.name is missing; expected one of all_pairs, alphapo, "),
@@ -126,7 +127,11 @@ VALUES = [
     Case(
         "early stop by a metric that is none",
         ("control.early_stop.metric is 'eval_acuracy'", "eval_logps/rejected, eval_loss"),
-        ("control.early_stop={metric: eval_acuracy}", "training.eval_every=1"),
+        (
+            "control.early_stop={metric: eval_acuracy, mode: max, patience: 1}",
+            "training.eval_every=1",
+            "training.max_steps=2",
+        ),
     ),
     one("export.max_shard_gb=0", "export.max_shard_gb is 0; expected a number > 0"),
     one("logging.wandb=jaxpo", 'logging.wandb is "jaxpo"; expected a mapping with keys such as project'),
@@ -181,6 +186,21 @@ VALUES = [
         "warmup longer than the data",
         ("optimizer.warmup_steps is 7", "2 steps"),
         ("training.max_steps=null", "optimizer.warmup_steps=7"),
+    ),
+    Case(
+        "a reference that the data end before it moves",
+        ("reference.sync_steps is 7; expected less than the 2 steps of the run: the reference would never move",),
+        ("training.max_steps=null", "reference.sync_steps=7"),
+    ),
+    Case(
+        "a distance that the data end before it is looked at",
+        ("control.max_kl is looked at every 10 steps (logging.every); expected less than the 2 steps of the run",),
+        ("training.max_steps=null", "control.max_kl=5"),
+    ),
+    Case(
+        "an early stop that the data end before",
+        ("control.early_stop ends no run before step 3, patience", "expected less than the 2 steps of the run"),
+        ("training.max_steps=null", "training.eval_every=1", "control.early_stop={metric: eval_loss}"),
     ),
 ]
 

@@ -121,7 +121,7 @@ ROWS = [
     Case("data/columns_unknown", ("pairs.jsonl:1 has the columns bad, good, question", "Expected pairs: chosen, ")),
     Case("data/column_missing_later", ("pairs.jsonl:3 has the columns chosen, prompt", "pairs: chosen, prompt, rej")),
     Case("data/column_null_later", ("pairs.jsonl:2 has the columns", "(null: rejected)")),
-    Case("data/prompt_is_a_number", ("pairs.jsonl:2: column prompt is 3, expected a list of messages",)),
+    Case("data/prompt_is_a_number", ("pairs.jsonl:2: column prompt is 3, expected a string or a list of messages",)),
     Case("data/answer_is_an_empty_list", ("pairs.jsonl:1: column chosen is list []", "a list of messages")),
     Case("data/role_unknown", ("pairs.jsonl:2: prompt[1].role is 'robot'", "expected one of assistant, ")),
     Case("data/role_is_a_list", ("pairs.jsonl:1: prompt[0].role is list ['user']", "expected one of assistant, ")),
@@ -227,7 +227,7 @@ JUDGEMENTS = [
     ),
     for_kto(
         "two labels",
-        ("pairs.jsonl:1 has two columns that say if the answer is desirable, kto_tag and label",),
+        ("pairs.jsonl:1 has two columns that say if the answer is desirable, kto_tag and label. Expected one",),
         {**ANSWER, "kto_tag": True},
     ),
     for_kto(
@@ -282,7 +282,7 @@ JUDGEMENTS = [
         "one prompt in most rows",
         ("pairs.jsonl: 3 of 4 examples have the prompt of", "none in more than half of the examples"),
         ("objective={name: kto}",),
-        rows(LABELLED_LIST, BAD_ANSWER | {"completions": ["Six."], "labels": [True]}),
+        rows(LABELLED_LIST, {"prompt": BAD_ANSWER["prompt"], "completions": ["Six."], "labels": [True]}),
     ),
     Case(
         "a single pair for kto",
@@ -325,8 +325,39 @@ JUDGEMENTS = [
         {**LIST, "scores": [2, float("nan"), 1]},
     ),
     for_ranking(
+        "scores null in a later row",
+        ("pairs.jsonl:2 has null in its column scores", "Expected scores in every row, or in none"),
+        {**LIST, "scores": [2, 3, 1]},
+        {**LIST, "scores": None},
+    ),
+    for_ranking(
+        "scores in a later row alone",
+        ("pairs.jsonl:2 has a column scores", "Expected scores in every row, or in none"),
+        LIST,
+        {**LIST, "scores": [2, 3, 1]},
+    ),
+    Case(
+        "scores null in a row of a parquet file",
+        ("pairs.parquet:row 2 has null in its column scores", "Expected scores in every row, or in none"),
+        ("objective={name: plackett_luce, max_completions: 3}", *read_from("pairs.parquet")),
+        lambda folder: parquet(
+            folder, {**{name: [value] * 2 for name, value in LIST.items()}, "scores": [[2, 3, 1], None]}
+        ),
+    ),
+    for_ranking(
+        "a pair's probability beside a list",
+        ("pairs.jsonl:2 has a column chosen_probability", "Expected rows without it, or data.*.format: rankings"),
+        LIST,
+        {**LIST, "chosen_probability": 0.9},
+    ),
+    for_kto(
+        "scores beside labels",
+        ("pairs.jsonl:1 has a column scores", "belongs to rows such as rankings: completions, prompt"),
+        {**LABELLED_LIST, "scores": [2, 3, 1]},
+    ),
+    for_ranking(
         "an answer in the list that is a number",
-        ("pairs.jsonl:1: column completions[1] is 4, expected a list of messages",),
+        ("pairs.jsonl:1: column completions[1] is 4, expected a string or a list of messages",),
         {**LIST, "completions": ["Four.", 4]},
     ),
     for_ranking(
@@ -366,13 +397,19 @@ JUDGEMENTS = [
         change=rows({**ROW, "margin": "large"}),
     ),
     Case(
-        "margin beyond float32",
-        ("pairs.jsonl:1: column margin is 1e+300, expected a number of at most 3.4e+38",),
-        change=rows({**ROW, "margin": 1e300}),
+        "margin of which the loss is infinite",
+        ("pairs.jsonl:1: column margin is 1e+38, expected a number from -1,000,000 to 1,000,000",),
+        change=rows({**ROW, "margin": 1e38}),
+    ),
+    Case(
+        "scores of which the gap is infinite",
+        ("pairs.jsonl:2: column chosen_score is 3.4e+38, expected a number from -1,000,000 to 1,000,000",),
+        ("objective={name: reward}",),
+        rows(ROW, {**ROW, "chosen_score": 3.4e38, "rejected_score": -3.4e38}),
     ),
     Case(
         "score of 400 digits",
-        ("pairs.jsonl:1: column chosen_score is 9999", "expected a number of at most"),
+        ("pairs.jsonl:1: column chosen_score is 9999", "expected a number from"),
         change=rows({**ROW, "chosen_score": int("9" * 400), "rejected_score": 1}),
     ),
 ]
@@ -422,7 +459,7 @@ FILES = [
     ),
     Case(
         "parquet of numbers",
-        ("pairs.parquet:row 1: column prompt is 1, expected a list of messages",),
+        ("pairs.parquet:row 1: column prompt is 1, expected a string or a list of messages",),
         read_from("pairs.parquet"),
         lambda folder: parquet(folder, {name: [1] for name in ROW}),
     ),

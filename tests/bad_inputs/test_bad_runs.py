@@ -254,7 +254,7 @@ def test_a_mistake_leaves_nothing_that_a_mended_run_trips_over(bench: Path, refu
     mistakes = [
         Case("data", ("gone.jsonl",), ("data.train.0.path=gone.jsonl",)),
         Case("model", ("bad has no config.json",), ("model.path=bad",), lambda folder: (folder / "bad").mkdir()),
-        Case("metric", ("training.best_metric",), ("training.best_metric=eval_x",)),
+        Case("metric", ("training.best_metric",), ("training.best_metric=eval_x", "training.best_mode=max")),
         Case("row length", ("training.row_length",), ("training.row_length=8", "data.max_length=100")),
     ]
     for case in mistakes:

@@ -376,7 +376,11 @@ def test_listed_answers_are_cut_and_dropped_one_by_one(write, tokenised) -> None
 
 def test_a_ranking_ends_in_completions_of_no_tokens(write, tokenised, tokenizer: PreTrainedTokenizerFast) -> None:
     three = {"prompt": ASKED, "completions": ["hello", "said", "sat"], "scores": [1, 3, 2]}
-    rows = [three, {**three, "completions": list("abcde"), "scores": None}, {**CHAT, "completions": ["a", "b"]}]
+    rows = [
+        three,
+        {**three, "completions": list("abcde"), "scores": list(range(5))},
+        {**CHAT, "completions": ["a", "b"], "scores": [4, 1]},
+    ]
     path = write(rows)
     data = tokenised(path, 4, "ranking", source={"format": "rankings"})
     assert (data.feedback, data.num_completions, data.format) == ("ranking", 4, "rankings")
@@ -390,9 +394,9 @@ def test_a_ranking_ends_in_completions_of_no_tokens(write, tokenised, tokenizer:
     assert all(c.dtype == np.int32 for example in data for c in example.completions)
     assert (data.completion_lengths > 0).sum(axis=1).tolist() == [3, 2]
     assert data.scores is not None and data.scores.dtype == np.float32
-    assert data.scores.tolist() == [[3, 2, 1, 0], [0, 0, 0, 0]]
+    assert data.scores.tolist() == [[3, 2, 1, 0], [4, 1, 0, 0]]
     assert first.scores is not None and first.scores.tolist() == [3, 2, 1, 0]
-    assert data.unrated == 1
+    assert data.unrated == 0
     assert data.without_end == 0
 
 
@@ -403,6 +407,8 @@ def test_a_pair_is_a_ranking_of_two(write, tokenised) -> None:
     assert [c.tolist() for c in ranking[0].completions] == [*(c.tolist() for c in pair[0].completions), []]
     assert pair.scores is not None and pair.scores.tolist() == [[1.5, 0.0]]
     assert ranking.scores is not None and ranking.scores.tolist() == [[1.5, 0.0, 0.0]]
+    half = write([{**CHAT, "margin": 1.5}, CHAT], "half.jsonl")
+    assert [tokenised(half).unrated, tokenised(half, 3, "ranking").unrated] == [1, 1]
 
 
 def test_a_ranking_is_dropped_whole_where_cutting_makes_answers_equal(write, tokenised) -> None:
@@ -443,6 +449,28 @@ def test_equal_prompts_are_of_one_group(write, tokenised) -> None:
     assert tokenised(write(rows), 1, "label").prompt_groups().tolist() == [0, 1, 0, 2, 3]
     pairs = tokenised(write([PAIR, {**PAIR, "prompt": "the mat "}, PAIR]))
     assert pairs.prompt_groups().tolist() == [0, 1, 0]
+
+
+def test_an_answer_with_both_labels_is_a_contradiction(write, tokenised) -> None:
+    def row(prompt: str, completion: str, label: float) -> dict[str, Any]:
+        return {"prompt": prompt, "completion": completion, "label": label}
+
+    both = [row("the cat", " sat", 1), row("the cat", " sat", 0), row("the cat", " sat", 0)]
+    soft = [row("the mat", " sat", 0.75), row("the mat", " sat", 0.25)]
+    # Another answer, another prompt, the same tokens parted elsewhere, the same label, no verdict.
+    others = [row("the cat", " said", 0), row("the", " cat sat", 0), row("a", " b", 1), row("a", " b", 0.5)]
+    assert tokenised(write([*both, *others, *soft]), 1, "label").contradictions() == 2
+    assert tokenised(write([both[0], *others, both[0]]), 1, "label").contradictions() == 0
+
+
+def test_columns_that_are_not_read_are_listed_and_judgements_among_them_told(write, tokenised, capsys) -> None:
+    path = write([{**CHAT, "id": 1, "margin": 2, "system": None}, {**CHAT, "label": "sport", "system": "s"}])
+    capsys.readouterr()
+    assert tokenised(path).unread == ["id", "label", "system"]
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.endswith(f"{path}: label not read: rows of format pairs have no use for it.")
+    assert tokenised(write([CHAT])).unread == []
+    assert "not read" not in capsys.readouterr().out
 
 
 def test_labelled_demo_rows(shared: Path, tokenised) -> None:

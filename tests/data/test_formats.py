@@ -8,8 +8,8 @@ import pytest
 
 from jaxpo.batch import Feedback
 from jaxpo.data.files import Where
-from jaxpo.data.formats import Drop, detect, parse, texts
-from jaxpo.data.readers import Preference
+from jaxpo.data.formats import SHAPES, Drop, Reading, Shape, detect, parse, texts
+from jaxpo.data.readers import SCORES, Preference
 from jaxpo.data.record import Record
 from jaxpo.errors import UserError
 
@@ -316,12 +316,12 @@ def test_scores_and_the_rejected_answer_do_not_matter_to_supervised_training() -
         (
             {"prompt": "p", "chosen": 3, "rejected": "b"},
             "auto",
-            r"rows\.jsonl:7: column chosen is 3, expected a list of",
+            r"rows\.jsonl:7: column chosen is 3, expected a string or a list of",
         ),
         (
             {"prompt": "p", "chosen": [], "rejected": "b"},
             "auto",
-            r"column chosen is list \[\], expected a list of mess",
+            r"column chosen is list \[\], expected a string or a list of mess",
         ),
         ({"prompt": "p", "chosen": ["x"], "rejected": "b"}, "auto", r"chosen\[0\] is 'x', expected a message"),
         (
@@ -410,6 +410,50 @@ def test_a_later_row_must_fit_the_first_ones_format() -> None:
     reading = detect(Record(Where("a:", 1), HH), "auto", "pair", 2)
     with pytest.raises(UserError, match=r"a:2 has the columns chosen, which fits no .*transcripts: chosen, rejected"):
         parse(Record(Where("a:", 2), {"chosen": "x"}), reading, 2)
+
+
+class Noted(dict[str, Any]):
+    """A row that notes which of its columns are read."""
+
+    def __init__(self, row: dict[str, Any]):
+        super().__init__(row)
+        self.read: set[str] = set()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        self.read.add(column)
+        return super().get(column, default)
+
+
+COLUMNS: dict[str, Any] = (
+    {"prompt": "p", "completion": "a", "completions": ["a", "b"], "text": "t", "chosen": "p a", "rejected": "p b"}
+    | {"conversations": say((U, "p"), (A, "a")), "messages": say((U, "p"), (A, "a")), "context": "p"}
+    | {"response1": "a", "response2": "b", "overall_preference": -1, "instruction": "p", "output": "a"}
+    | {"input": "i", "history": [["q", "a"]], "system": "s", "tools": "[]", "chat_template_kwargs": {}}
+    | {"label": 1, "kto_tag": 1, "labels": [1, 0], "scores": [2, 1], "margin": 1, "chosen_probability": 0.5}
+    | {"chosen_score": 2, "rejected_score": 1, "score_chosen": 2, "score_rejected": 1, "id": 7}
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_shape_names_the_columns_that_are_read(shape: Shape) -> None:
+    for column in COLUMNS:
+        columns = {*shape.needs, column}
+        columns |= next(({*pair} for pair in SCORES if column in pair), set())
+        columns |= {"label"} if shape.one_of and column not in shape.one_of else set()
+        row = Noted({name: COLUMNS[name] for name in columns})
+        (one, *_) = parse(Record(Where("a:", 1), row), Reading(shape, shape.says, frozenset(), "scores" in columns), 2)
+        assert isinstance(one, Preference)
+        assert (column in row.read) == (column in shape.reads), column
+
+
+def test_a_label_beside_a_text_is_a_category() -> None:
+    reading = detect(Record(Where("a:", 1), {"text": "A film.", "label": 1}), "auto", "completion", 1)
+    assert reading.format == "text"
+    assert "label" not in reading.refuses
 
 
 def test_every_text_is_there_for_a_tokenizer_to_learn_from() -> None:

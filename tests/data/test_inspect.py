@@ -117,6 +117,21 @@ def test_labels_are_counted(write, tokenised, tokenizer: PreTrainedTokenizerFast
         assert capsys.readouterr().out.splitlines()[1].endswith(f"rows.jsonl:{i + 1}: {verdict}")
 
 
+def test_answers_with_both_labels_are_counted(write, tokenised, capsys) -> None:
+    rows = [{"prompt": ASKED, "completion": "sat", "label": label} for label in (True, False)]
+    show_summary(tokenised(write(rows), 1, "label"))
+    assert cells(capsys.readouterr().out)["answers labelled both ways"] == ["1"]
+    show_summary(tokenised(write([rows[0], {**rows[1], "completion": "said"}]), 1, "label"))
+    assert "answers labelled both ways" not in cells(capsys.readouterr().out)
+
+
+def test_columns_that_are_not_read_are_shown(write, tokenised, capsys) -> None:
+    show_summary(tokenised(write([{**PAIR, "label": "sport", "id": 1}, PAIR])))
+    assert cells(capsys.readouterr().out)["columns not read"] == ["id, label"]
+    show_summary(tokenised(write([PAIR])))
+    assert "columns not read" not in cells(capsys.readouterr().out)
+
+
 def test_pairs_as_labelled_answers_are_counted_as_what_they_were(write, tokenised, capsys) -> None:
     data = tokenised(write([PAIR, PAIR, {**PAIR, "chosen": ""}]), 1, "label")
     capsys.readouterr()
@@ -132,13 +147,13 @@ def test_lists_are_counted_by_their_size(write, tokenised, tokenizer: PreTrained
     rows = [
         {"prompt": ASKED, "completions": ["sat", "said hello"], "scores": [4, 1]},
         {"prompt": ASKED, "completions": ["sat", "said hello", "said"], "scores": [4, 1, 3]},
-        {"prompt": ASKED, "completions": ["a", "b"]},
+        {"prompt": ASKED, "completions": ["a", "b"], "scores": [9, 0]},
     ]
     data = tokenised(write(rows), 4, "ranking")
     show_summary(data)
     seen = cells(capsys.readouterr().out)
     assert (seen["lists of 2"], seen["lists of 3"]) == (["2"], ["1"])
-    assert seen["with scores"] == ["2, the best 3 above the worst on average"]
+    assert seen["with scores"] == ["3, the best 5 above the worst on average"]
     assert seen["answer 3"][-1] == str(data.completion_lengths[1, 2]), "lists without a third answer do not count"
     assert "answer 4" not in seen
     show_example(data[0], tokenizer, data.feedback)

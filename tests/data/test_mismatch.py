@@ -99,12 +99,17 @@ def test_answers_to_another_prompt_are_cut_and_counted(write, tokenised) -> None
     assert (view.prompt_lengths + view.completion_lengths[:, 1] <= most).all()
 
 
+def test_the_view_has_the_contradictions_of_its_source(write, tokenised) -> None:
+    twice = tokenised(write([*ROWS, row("the cat", "said", False)]), 1, "label", max_length=MAX_LENGTH)
+    assert Mismatched(twice, MAX_LENGTH).contradictions() == twice.contradictions() == 1
+
+
 def test_the_view_is_a_source(source: TokenizedDataset) -> None:
     view = Mismatched(source, MAX_LENGTH)
     seen: Source = view
     assert (seen.feedback, seen.num_completions, seen.scores, seen.unrated) == ("label", 2, None, 0)
     same = ("path", "split", "format", "rows_read", "dropped", "dropped_path", "judgements", "soft", "templated")
-    for name in (*same, "boundary_moved", "without_end", "pairs_parted"):
+    for name in (*same, "boundary_moved", "without_end", "pairs_parted", "unread"):
         assert getattr(view, name) == getattr(source, name)
     assert view.labels.tolist() == source.labels.tolist() == [1.0, 0.0, 0.25, 1.0, 0.0]
     corpus = Corpus((view, view))

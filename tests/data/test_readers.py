@@ -85,7 +85,9 @@ def test_a_later_row_without_its_label() -> None:
 
 
 def test_two_labels_for_one_answer() -> None:
-    with pytest.raises(UserError, match=r"rows\.jsonl:7 has two columns that say .*, kto_tag and label"):
+    with pytest.raises(
+        UserError, match=r"rows\.jsonl:7 has two columns that say .*, kto_tag and label\. Expected one of them\."
+    ):
         read({**ANSWER, "label": True, "kto_tag": True}, "label")
 
 
@@ -116,7 +118,7 @@ def test_of_listed_answers_only_the_unusable_ones_are_dropped() -> None:
         ({"labels": [1, "no", 0]}, r"column labels\[1\] is 'no', expected true or false"),
         ({"labels": [1, None, 0]}, r"column labels\[1\] is None, expected true or false"),
         ({"completions": "4"}, "column completions is '4', expected a list of answers"),
-        ({"completions": ["4", 5, "6"]}, r"column completions\[1\] is 5, expected a list of messages"),
+        ({"completions": ["4", 5, "6"]}, r"column completions\[1\] is 5, expected a string or a list of mess"),
         ({"completions": ["4", "\ud800", "6"]}, r"completions\[1\] holds half of a surrogate pair"),
     ],
 )
@@ -181,6 +183,7 @@ def test_a_probability_lies_between_0_and_1(said: Any) -> None:
         ({"score_chosen": 9, "score_rejected": 1}, (9.0, 1.0)),
         ({"margin": 2.5}, (2.5, 0.0)),
         ({"margin": 0}, (0.0, 0.0)),
+        ({"chosen_score": 1e6, "rejected_score": -1e6}, (1e6, -1e6)),
         ({"margin": None}, None),
     ],
 )
@@ -202,8 +205,13 @@ def test_ratings(feedback: Feedback, columns: dict[str, Any], scores: tuple[floa
         ),
         ({"margin": "large"}, r"rows\.jsonl:7: column margin is 'large', expected a number"),
         ({"margin": True}, "column margin is True, expected a number"),
-        ({"margin": 1e300}, r"column margin is 1e\+300, expected a number of at most"),
-        ({"margin": 10**400}, "column margin is 1000.*, expected a number of at most"),
+        ({"margin": 1e38}, r"column margin is 1e\+38, expected a number from -1,000,000 to 1,000,000"),
+        ({"margin": 1_000_001}, "column margin is 1000001, expected a number from"),
+        ({"margin": 10**400}, "column margin is 1000.*, expected a number from"),
+        (
+            {"chosen_score": 1, "rejected_score": -3.4e38},
+            r"column rejected_score is -3\.4e\+38, expected a number from",
+        ),
         ({"margin": float("nan")}, "column margin is nan, expected a number"),
     ],
 )
@@ -268,10 +276,11 @@ def test_rankings_that_say_nothing_are_dropped(reason: str, change: dict[str, An
         ({"scores": [1, 2]}, "column scores has 2 entries and column completions 3, expected one for each completion"),
         ({"scores": 1}, "column scores is 1, expected a list of numbers"),
         ({"scores": [1, "2", 3]}, r"column scores\[1\] is '2', expected a number"),
-        ({"scores": [1, 2, float("inf")]}, r"column scores\[2\] is inf, expected a number"),
+        ({"scores": [1, 2, float("inf")]}, r"column scores\[2\] is inf, expected a number from"),
+        ({"scores": [1, 2, -1e7]}, r"column scores\[2\] is -10000000\.0, expected a number from"),
         ({"completions": " 4"}, "column completions is ' 4', expected a list of answers"),
         ({"completions": {"a": 1}}, r"column completions is dict \{'a': 1\}, expected a list of answers"),
-        ({"completions": [" 4", None]}, r"column completions\[1\] is None, expected a list of messages"),
+        ({"completions": [" 4", None]}, r"column completions\[1\] is None, expected a string or a list of mess"),
     ],
 )
 def test_rankings_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
@@ -290,6 +299,69 @@ def test_of_a_ranking_supervised_training_takes_the_best() -> None:
     assert read(LIST, "completion") == [Preference("2+2=", (" 4",))]
     assert read({**LIST, "scores": [1, 3, 3]}, "completion") == [Preference("2+2=", (" four",))]
     assert read({**LIST, "completions": [" 4"]}, "completion") == [Preference("2+2=", (" 4",))]
+
+
+@pytest.mark.parametrize("feedback", ["ranking", "completion"])
+@pytest.mark.parametrize("format", ["auto", "rankings"])
+@pytest.mark.parametrize(
+    ("first", "later", "message"),
+    [
+        ({"scores": [3, 2, 1]}, {}, "rows:2 has no column scores, but the first row of its source has scores"),
+        ({"scores": [3, 2, 1]}, {"scores": None}, "rows:2 has null in its column scores, but the first row of its sou"),
+        ({}, {"scores": [3, 2, 1]}, "rows:2 has a column scores, but the first row of its source has none"),
+        ({"scores": None}, {"scores": [3, 2, 1]}, "rows:2 has a column scores, but the first row of its source has"),
+    ],
+)
+def test_all_lists_of_a_source_have_scores_or_none_has(
+    first: dict[str, Any], later: dict[str, Any], message: str, format: str, feedback: Feedback
+) -> None:
+    reading = detect(Record(Where("rows:", 1), {**LIST, **first}), format, feedback, 3)
+    assert isinstance(parse(Record(Where("rows:", 3), {**LIST, **first}), reading, 3)[0], Preference)
+    with pytest.raises(UserError, match=message):
+        parse(Record(Where("rows:", 2), {**LIST, **later}), reading, 3)
+
+
+# Columns that judge answers, beside answers that they cannot judge.
+
+
+@pytest.mark.parametrize(
+    ("row", "feedback", "column", "belongs"),
+    [
+        ({**LIST, "chosen_probability": 0.9}, "ranking", "chosen_probability", "pairs: chosen, prompt, rejected"),
+        ({**LIST, "margin": 1}, "completion", "margin", "pairs: chosen, prompt, rejected"),
+        ({**LIST, "label": True}, "ranking", "label", "labels: completion, prompt, label or kto_tag"),
+        ({**LIST, "labels": [1, 0, 1], "scores": [3, 2, 1]}, "label", "scores", "rankings: completions, prompt"),
+        ({**LIST, "labels": [1, 0, 1], "label": True}, "label", "label", "labels: completion, prompt, label or kto_t"),
+        ({**ANSWER, "label": True, "labels": [True]}, "label", "labels", "labels: completions, labels, prompt"),
+        ({**ANSWER, "label": True, "chosen_score": 3}, "label", "chosen_score", "pairs: chosen, prompt, rejected"),
+        ({**ANSWER, "scores": [1]}, "completion", "scores", "rankings: completions, prompt"),
+        ({"text": "t", "label": 1}, "completion", "label", "labels: completion, prompt, label or kto_tag"),
+        ({**PAIR, "kto_tag": True}, "pair", "kto_tag", "labels: completion, prompt, label or kto_tag"),
+        ({**PAIR, "scores": [2, 1]}, "pair", "scores", "rankings: completions, prompt"),
+        ({**PAIR, "labels": [1, 0]}, "label", "labels", "labels: completions, labels, prompt"),
+    ],
+)
+def test_a_judgement_that_the_row_has_no_use_for(
+    row: dict[str, Any], feedback: Feedback, column: str, belongs: str
+) -> None:
+    without = {name: value for name, value in row.items() if name != column}
+    reading = detect(Record(Where("rows.jsonl:", 7), without), "auto", feedback, 3)
+    shown = (
+        rf"rows\.jsonl:7 has a column {column}, which a row of format {reading.format} has no use for; it belongs to"
+    )
+    # In the first row, and in one after it.
+    with pytest.raises(UserError, match=f"{shown} rows such as {belongs}.* Expected rows without it, or data"):
+        read(row, feedback, 3)
+    with pytest.raises(UserError, match=shown):
+        parse(Record(Where("rows.jsonl:", 7), row), reading, 3)
+    # With the format that the message names, and where it says nothing.
+    expected = parse(Record(Where("rows.jsonl:", 7), without), reading, 3)
+    assert read(row, feedback, 3, reading.format) == read({**row, column: None}, feedback, 3) == expected
+
+
+@pytest.mark.parametrize("feedback", ["pair", "label", "ranking", "completion"])
+def test_a_label_beside_a_pair_may_be_anything(feedback: Feedback) -> None:
+    assert read({**PAIR, "label": "arithmetic"}, feedback, 2) == read(PAIR, feedback, 2)
 
 
 # Which rows serve which feedback.

@@ -95,11 +95,12 @@ def test_a_metric_without_a_value_on_either_side_is_no_line():
 
 
 def test_less_is_better_of_errors_and_losses():
-    before = {"eval_calibration_error": 0.2, "eval_loss/dpo": 0.7, "eval_nll_loss": 2.0, "eval_confidence": 0.6}
+    less = {"eval_calibration_error": 0.2, "eval_loss/dpo": 0.7, "eval_nll_loss": 2.0}
+    before = {**less, "eval_confidence": 0.6, "eval_kl/abs": 1.0}
     after = {name: value / 2 for name, value in before.items()}
     table = report.comparison(before, after)
     styles = {str(n): str(c.style) for n, c in zip(table.columns[0].cells, table.columns[3].cells, strict=True)}  # type: ignore[union-attr]
-    assert styles == {**dict.fromkeys(before, "green"), "eval_confidence": ""}
+    assert styles == {**dict.fromkeys(before, ""), **dict.fromkeys(less, "green")}
 
 
 def test_better_is_green_and_worse_is_red_where_that_can_be_said():

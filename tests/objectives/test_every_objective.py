@@ -24,8 +24,11 @@ from objective_cases import (
     completions,
     value_and_gradient,
 )
+from pydantic import TypeAdapter
 
 from jaxpo.batch import Completions, Metrics, Objective
+from jaxpo.objectives import AnyObjective
+from jaxpo.objectives.base import in_order
 from jaxpo.objectives.divergences import AnyDivergence, ReverseKL
 from jaxpo.objectives.mixture import Mixture
 from jaxpo.objectives.modifiers import AnyModifier
@@ -261,3 +264,22 @@ def test_what_an_objective_does_not_ask_for_it_does_not_use(objective: Objective
         if not free and name != "label" and not (isinstance(objective, Pairwise) and objective.modifiers):
             changed = c._replace(**{name: 0.6 * getattr(c, name) - 0.3})
             assert float(objective(changed)[0]) != float(loss), name
+
+
+def test_rounding_is_a_tie() -> None:
+    """Else a policy equal to its reference would be right or wrong by how rows were packed."""
+    better = jnp.array([1.0, 1.0, 1.0, 1.0, 1.0, -jnp.inf])
+    worse = jnp.array([0.5, 1.5, 1.0, 1.0 + 4e-6, 1.0 - 4e-6, 0.0])
+    np.testing.assert_array_equal(in_order(better, worse), [1.0, 0.0, 0.5, 0.5, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "plackett_luce"])
+@pytest.mark.parametrize("beta", [0.0, -0.1, 1e-7, 1e7, 1e300])
+def test_a_beta_that_float32_does_not_hold_is_refused(name: str, beta: float) -> None:
+    with pytest.raises(ValueError, match="beta"):
+        TypeAdapter(AnyObjective).validate_python({"name": name, "beta": beta})
+
+
+def test_lists_are_of_a_length_that_people_rank() -> None:
+    with pytest.raises(ValueError, match="max_completions"):
+        TypeAdapter(AnyObjective).validate_python({"name": "plackett_luce", "max_completions": 65})

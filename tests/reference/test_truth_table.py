@@ -404,3 +404,17 @@ def test_a_damaged_chunk_is_an_error_that_names_it(
     assert f"dpo.jsonl:{[1, 65][number]}" in error
     assert "Traceback" not in error
     assert not (out / "metrics.jsonl").exists()
+
+
+def test_the_answers_that_there_are_count(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of two in a table with places for four: what is not there is not computed either."""
+    lists = world.folder / "lists.jsonl"
+    pairs = [json.loads(line) for line in (world.folder / "dpo.jsonl").read_text().splitlines()]
+    rows = [{"prompt": p["prompt"], "completions": [p["chosen"], p["rejected"]]} for p in pairs]
+    lists.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(references, "completion_logps", counted(calls := []))
+    changes = [f"data.train=[{{path: {lists}}}]", "data.eval=[]", "training.eval_every=null"]
+    found = world.references("objective={name: plackett_luce, max_completions: 4}", *changes)
+    assert (sum(calls), found.computed, found.reused) == (TRAIN // 2, TRAIN, 0)
+    assert found.train is not None
+    assert found.train.shape == (TRAIN // 2, 1, 4)

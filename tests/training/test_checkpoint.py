@@ -147,6 +147,12 @@ def test_of_equally_good_steps_the_last_is_the_best(tmp_path: Path) -> None:
     assert steps_on_disk(tmp_path) == [2, 3]
 
 
+def test_of_a_loss_the_least_is_the_best(tmp_path: Path) -> None:
+    config = {"best_metric": "eval_loss", "keep_checkpoints": 1}
+    save(tmp_path, SMALL, {1: {"eval_loss": 0.5}, 2: {"eval_loss": 0.3}, 3: {"eval_loss": 0.4}}, **config)
+    assert steps_on_disk(tmp_path) == [2, 3]
+
+
 def test_what_lies_on_the_host_comes_back_to_the_host(tmp_path: Path) -> None:
     """A moving reference's tables, beside arrays on devices."""
     table = np.random.default_rng(0).normal(size=(5, 2, 3)).astype(np.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpo.batch import Metric
+from jaxpo.batch import Metric, direction
 from jaxpo.config import AdaptiveBeta, ControlConfig, EarlyStop
 from jaxpo.training.control import Control, Stop, Watch, logged
 from jaxpo.training.metrics import JsonLines, Record, read
@@ -109,8 +109,28 @@ def test_early_stop_waits_as_long_as_it_is_told() -> None:
 
 
 def test_early_stop_goes_either_way() -> None:
-    assert stop_step({"mode": "max", "patience": 2}, 1, 2, 3, 4) is None
-    assert stop_step({"patience": 2}, 4, 3, 2) == 20
+    rising = {"mode": "max", "patience": 2}
+    assert stop_step(rising, 1, 2, 3, 4) is None
+    assert stop_step(rising, 4, 3, 2) == 20
+    # Of a loss the name says that less is better.
+    assert stop_step({"patience": 2}, 4, 3, 2) is None
+    assert stop_step({"patience": 2}, 1, 2, 3, 4) == 20
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("loss", "nll_loss", "loss/dpo", "loss/sft", "kl", "kl/abs", "calibration_error"), -1),
+        (("accuracy", "rewards/accuracies", "logps/accuracies", "rewards/top1", "mean_token_accuracy"), 1),
+        (("margin", "rewards/margins", "log_odds_chosen", "log_odds_ratio"), 1),
+        (("rewards/chosen", "rewards/rejected", "logps/chosen", "kl/chosen", "kl/rejected", "confidence"), 0),
+        (("mean_reward", "reward_shift", "lossy", "klaxon", "acuracy"), 0),
+    ],
+)
+def test_which_way_a_metric_is_better(names: tuple[str, ...], expected: int) -> None:
+    for name in names:
+        assert direction(name) == direction(f"eval_{name}") == expected
+        assert (direction(name, "min"), direction(name, "max")) == (-1, 1)
 
 
 def test_early_stop_takes_small_gains_for_none() -> None:
@@ -125,7 +145,7 @@ def test_values_that_are_no_numbers_are_no_better() -> None:
     assert stop_step({"patience": 2}, 1, None, float("nan")) == 20
     assert stop_step({"patience": 2}, None, None, None) == 20
     # Before the first step there is nothing that could get no better.
-    assert stop_step({"patience": 1}, None, 0.5, 0.6) is None
+    assert stop_step({"patience": 1}, None, 0.6, 0.5) is None
 
 
 def test_the_reason_names_metric_patience_and_best() -> None:

@@ -348,7 +348,7 @@ def test_a_distance_between_two_lines_is_seen_at_the_next(far: Trial) -> None:
 
 
 # No evaluation is ever better than the first by so much.
-NEVER = EarlyStop(metric="eval_norm", min_delta=1e9, patience=2)
+NEVER = EarlyStop(metric="eval_norm", mode="max", min_delta=1e9, patience=2)
 
 
 def test_early_stop(trial: Trial) -> None:
