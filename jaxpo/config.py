@@ -68,7 +68,8 @@ class ModelConfig:
 
     dtype: of the master weights and the optimizer state. compute_dtype: of the matrix multiplications; logits, softmax
     and losses are float32 always. remat: what the backward pass recomputes: nothing, everything but the layers' inputs
-    (`full`), or everything but matrix products (`dots`); attention probabilities are recomputed always.
+    (`full`), or everything but matrix products (`dots`); attention probabilities are recomputed always. attention: how
+    it is computed, see `models.attention`; `auto` takes what is fastest on the platform.
     """
 
     path: Named | None = None
@@ -77,6 +78,7 @@ class ModelConfig:
     dtype: Dtype = "float32"
     compute_dtype: Dtype = "bfloat16"
     remat: Literal["none", "full", "dots"] = "full"
+    attention: Literal["auto", "dense", "blocked"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -21,6 +21,7 @@ from jaxpo.data.mismatch import Mismatched
 from jaxpo.data.pack import Packing, bucket
 from jaxpo.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from jaxpo.errors import UserError
+from jaxpo.models import attention
 from jaxpo.models.checkpoint import Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, Learned, abstract_decoder
@@ -99,8 +100,10 @@ def prepare(run: Run, folder: Path) -> Parts:
             remat=run.model.remat,
             chunk=head_chunk(training.row_length, training.rows_per_device),
             statistics=run.objective.statistics,
+            attention=attention.choose(layout.platform) if run.model.attention == "auto" else run.model.attention,
             constrain=layout.constrain,
             gather=layout.gather_embedding,
+            spread=layout.spread,
         ),
     )
     for key, one in zip(("data.train", "data.eval"), parts.corpora, strict=False):

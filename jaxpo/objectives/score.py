@@ -8,6 +8,7 @@ Legend: R rows, T tokens, S scored tokens, X example slots, K completions, B = 1
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpo.batch import Carry, Completions, DeviceBatch, Statistic
-from jaxpo.models.attention import packed_attention
+from jaxpo.models.attention import Attention, Context, Implementation, packed_attention
 from jaxpo.models.decoder import Decoder, Remat
 from jaxpo.objectives.logprobs import token_scores
 
@@ -43,16 +44,19 @@ class Scorer:
     """The numerics of a forward pass.
 
     compute_dtype: of matrix products. remat: see `ModelConfig`. chunk: scored tokens of a row that meet the head at
-    once. statistics: what to compute besides log-prob sums. constrain: keeps [R, ...] activations sharded over the
-    mesh's batch axes. gather: brings together first what the forward pass needs whole.
+    once. statistics: what to compute besides log-prob sums. attention: which implementation of it. constrain: keeps
+    [R, ...] activations sharded over the mesh's batch axes. gather: brings together first what the forward pass needs
+    whole. spread: makes of an attention one that runs on each device by itself, on its rows and heads.
     """
 
     compute_dtype: str
     remat: Remat
     chunk: int
     statistics: frozenset[Statistic] = frozenset()
+    attention: Implementation = "dense"
     constrain: Callable[[jax.Array], jax.Array] = as_it_is
     gather: Callable[[Decoder], Decoder] = as_it_is
+    spread: Callable[[Attention], Attention] = as_it_is
 
     def __call__(self, decoder: Decoder, batch: DeviceBatch) -> Scores:
         """Score one microbatch: the fields of `batch` without their M axis."""
@@ -60,10 +64,12 @@ class Scorer:
         decoder = self.gather(decoder)
         R, X, B = batch.lengths.shape
 
+        context = Context(batch.segments, batch.branches, batch.positions)
+        attention = self.spread(partial(packed_attention, implementation=self.attention))
+
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             q, k, v = map(self.constrain, (q, k, v))
-            out = packed_attention(q, k, v, batch.segments, batch.branches, batch.positions, decoder.config.window)
-            return self.constrain(out)
+            return self.constrain(attention(q, k, v, context, decoder.config.window))
 
         hidden_RTD, _ = decoder.hidden(
             batch.tokens, batch.positions, attend, compute_dtype=jnp.dtype(self.compute_dtype), remat=self.remat

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxpo.batch import DeviceBatch, HostBatch
 from jaxpo.config import MeshConfig
 from jaxpo.errors import UserError
+from jaxpo.models.attention import Attention, Context
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, logical_axes, map_params
 
 AXES = ("data", "fsdp", "tensor")
@@ -48,6 +49,10 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
@@ -65,6 +70,30 @@ class Layout:
         """Keep an [R, ...] activation split by rows: without this the partitioner may move activations, not weights."""
         spec = PartitionSpec(BATCH_AXES, *[PartitionSpec.UNCONSTRAINED] * (activation.ndim - 1))
         return jax.lax.with_sharding_constraint(activation, NamedSharding(self.mesh, spec))
+
+    def spread(self, attention: Attention) -> Attention:
+        """`attention`, run on every device by itself, on its own rows and heads.
+
+        A loop over tiles or a kernel's call is nothing that the partitioner could split. Heads that do not divide
+        evenly are computed on each device of `tensor`.
+        """
+        if self.mesh.size == 1:
+            return attention
+
+        def on_each(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None) -> jax.Array:
+            even = k.shape[2] % self.mesh.shape[RULES["kv_heads"]] == 0
+            heads = PartitionSpec(BATCH_AXES, None, RULES["kv_heads"] if even else None)
+            rows = PartitionSpec(BATCH_AXES)
+            return jax.shard_map(
+                lambda q, k, v, context: attention(q, k, v, context, window),
+                mesh=self.mesh,
+                in_specs=(heads, heads, heads, rows),
+                out_specs=heads,
+                # Copies on devices of `tensor` are equal, which the check cannot see through loops.
+                check_vma=False,
+            )(q, k, v, context)
+
+        return on_each
 
     def gather_embedding(self, decoder: Decoder) -> Decoder:
         """The decoder with an embedding that is whole along `embed`.

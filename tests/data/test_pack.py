@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxpo.batch import Example, HostBatch, PackedBatch
 from jaxpo.data.pack import Packing, Place, assign_rows, bucket, check_fits, pack
 from jaxpo.errors import UserError
-from jaxpo.models.attention import visible
+from jaxpo.models.attention.context import Context, visible
 from jaxpo.training.loop import count_places
 
 
@@ -67,8 +67,10 @@ def test_each_prediction_sees_its_own_context_and_nothing_else(rows: list[Exampl
     M, R, _ = batch.tokens.shape
     flat = PackedBatch(*(np.asarray(f).reshape(M * R, *f.shape[2:]) if np.ndim(f) > 1 else f for f in batch))
     # A row at a time: shapes, and with them compiled operations, stay few.
-    contexts = [(flat.segments[r : r + 1], flat.branches[r : r + 1], flat.positions[r : r + 1]) for r in range(M * R)]
-    seen = [np.asarray(visible(jnp.asarray(s), jnp.asarray(b), jnp.asarray(p))[0]) for s, b, p in contexts]
+    fields = (flat.segments, flat.branches, flat.positions)
+    contexts = [Context(*(jnp.asarray(field[r]) for field in fields)) for r in range(M * R)]
+    T = jnp.arange(packing.row_length)
+    seen = [np.asarray(visible(context, T, context, T, None)) for context in contexts]
     scored = 0
     for one, place in zip(rows, places, strict=True):
         r = place.microbatch * R + place.row

@@ -1,75 +1,172 @@
+from typing import Any, get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpo.models.attention import packed_attention, visible
+from jaxpo.config import ModelConfig
+from jaxpo.models.attention import Context, Implementation, choose, packed_attention
+from jaxpo.models.attention.context import visible
+from jaxpo.models.attention.interface import IMPLEMENTATIONS
 
 # Two prompts with two completions each, and padding.
-SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]])
-BRANCHES = np.array([[0, 0, 0, 1, 1, 2, 2, 0, 0, 1, 2, 2, 0, 0]])
-POSITIONS = np.array([[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 2, 3, 0, 0]])
-T = SEGMENTS.shape[1]
+SEGMENTS = [[1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0]]
+BRANCHES = [[0, 0, 0, 1, 1, 2, 2, 0, 0, 1, 2, 2, 0, 0]]
+POSITIONS = [[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 2, 3, 0, 0]]
+SHORT = Context(*map(jnp.asarray, (SEGMENTS, BRANCHES, POSITIONS)))
+N, K, H = 4, 2, 8
+
+every = pytest.mark.parametrize("implementation", get_args(Implementation))
 
 
-def heads(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v = jax.random.split(jax.random.key(seed), 3)
-    shape = (1, T, 2, 8)
-    return jax.random.normal(q, (1, T, 4, 8)), jax.random.normal(k, shape), jax.random.normal(v, shape)
+def rows(T: int, examples: list[list[tuple[int, ...]]]) -> Context:
+    """Rows of examples, each given as the lengths of its prompt and of its completions."""
+    fields = np.zeros((3, len(examples), T), np.int32)
+    for r, row in enumerate(examples):
+        start = 0
+        for segment, (P, *completions) in enumerate(row, start=1):
+            for branch, length in enumerate((P, *completions)):
+                span = slice(start, start + length)
+                fields[0, r, span], fields[1, r, span] = segment, branch
+                fields[2, r, span] = np.arange(length) + (P if branch else 0)
+                start += length
+        assert start <= T
+    return Context(*map(jnp.asarray, fields))
 
 
-def naive(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> np.ndarray:
-    """Softmax attention in float64, one query at a time over the keys listed one by one."""
-    q64, k64, v64 = (np.asarray(x, np.float64)[0] for x in (q, k, v))
-    segments, branches, positions = SEGMENTS[0], BRANCHES[0], POSITIONS[0]
-    out = np.zeros_like(q64)
-    for i in range(T):
-        if segments[i] == 0:
-            continue
-        keys = [
-            j
-            for j in range(i + 1)
-            if segments[j] == segments[i]
-            and branches[j] in (0, branches[i])
-            and (window is None or positions[i] - positions[j] < window)
-        ]
-        for n in range(4):
-            scores = k64[keys, n // 2] @ q64[i, n] / np.sqrt(8)
-            weights = np.exp(scores - scores.max())
-            out[i, n] = weights @ v64[keys, n // 2] / weights.sum()
-    return out
+# Examples that end at the edge of a tile of 128, before it and after it; some longer than a tile, and one of them the
+# whole row; lists; a row of padding; a row that is no multiple of a tile.
+LAYOUTS = {
+    "short": SHORT,
+    "edges": rows(384, [[(100, 20, 8), (64, 64), (120, 5, 3)], [(128, 128, 127)], []]),
+    "long": rows(300, [[(150, 80, 70)], [(10, 20), (3, 250, 5)], [(300,)]]),
+    "many": rows(513, [[(9, 5, 3, 7, 2)] * 19, [(1, 1, 1)] * 171, [(1, 511, 1)]]),
+}
+layouts = pytest.mark.parametrize("context", LAYOUTS.values(), ids=LAYOUTS)
 
 
+def heads(context: Context, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
+    """Queries, keys, values and a gradient of the output."""
+    R, T = context.segments.shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(R, T, N, H), (R, T, K, H), (R, T, K, H), (R, T, N, H)]
+    q, k, v, d = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return tuple(x.astype(dtype) for x in (3.0 * q, k, v, d))
+
+
+def value_and_gradients(implementation: Implementation, context: Context, window: int | None, *arrays: jax.Array):
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, d: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, context, window, implementation), q, k, v)
+        return out, *pull(d)
+
+    return both(*arrays)
+
+
+def oracle(context: Context, window: int | None, *arrays: jax.Array) -> list[np.ndarray]:
+    """Softmax attention and its gradients in float64, one query at a time over the keys listed one by one."""
+    q, k, v, d = (np.asarray(x, np.float64) for x in arrays)
+    out, d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for r, (segments, branches, positions) in enumerate(zip(*map(np.asarray, context), strict=True)):
+        for i in np.flatnonzero(segments):
+            own = (segments == segments[i]) & ((branches == 0) | (branches == branches[i]))
+            own &= np.arange(len(segments)) <= i
+            keys = np.flatnonzero(own & (window is None or positions[i] - positions < window))
+            for n in range(N):
+                g = n // (N // K)
+                scores = k[r, keys, g] @ q[r, i, n] / np.sqrt(H)
+                p = np.exp(scores - scores.max())
+                p /= p.sum()
+                out[r, i, n] = p @ v[r, keys, g]
+                d_p = v[r, keys, g] @ d[r, i, n]
+                d_scores = p * (d_p - p @ d_p) / np.sqrt(H)
+                d_q[r, i, n] = d_scores @ k[r, keys, g]
+                d_k[r, keys, g] += np.outer(d_scores, q[r, i, n])
+                d_v[r, keys, g] += np.outer(p, d[r, i, n])
+    return [out, d_q, d_k, d_v]
+
+
+@every
+@layouts
 @pytest.mark.parametrize("window", [None, 3])
-def test_equals_attention_over_each_token_s_own_context(window: int | None) -> None:
-    q, k, v = heads()
-    out = packed_attention(q, k, v, jnp.asarray(SEGMENTS), jnp.asarray(BRANCHES), jnp.asarray(POSITIONS), window)
-    np.testing.assert_allclose(out[0], naive(q, k, v, window), rtol=1e-5, atol=1e-6)
+def test_value_and_gradients_in_float64(implementation: Implementation, context: Context, window: int | None) -> None:
+    arrays = heads(context)
+    found = value_and_gradients(implementation, context, window, *arrays)
+    for got, wanted in zip(found, oracle(context, window, *arrays), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@every
+@layouts
+def test_bfloat16_is_as_near_as_its_inputs(implementation: Implementation, context: Context) -> None:
+    arrays = heads(context, jnp.bfloat16)
+    found = value_and_gradients(implementation, context, None, *arrays)
+    for got, wanted in zip(found, oracle(context, None, *arrays), strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(got, np.float64) - wanted) <= 1e-2 * np.linalg.norm(wanted)
+
+
+@every
+def test_no_token_reads_a_neighbour_a_sibling_or_padding(implementation: Implementation) -> None:
+    """Change everything of one branch, or of the padding: what cannot see it stays as it was, bit for bit."""
+    context = LAYOUTS["edges"]
+    q, k, v, _ = heads(context)
+    attend = jax.jit(lambda k, v: packed_attention(q, k, v, context, None, implementation))
+    before = np.asarray(attend(k, v))
+    for segment in (0, 1, 2, 3):
+        for branch in (0, 1, 2):
+            changed = (context.segments == segment) & (context.branches == branch)
+            if not changed.any():
+                continue
+            after = np.asarray(attend(*(jnp.where(changed[..., None, None], 7.0 + x, x) for x in (k, v))))
+            sees = (context.segments == segment) & ((context.branches == branch) | (branch == 0))
+            # A row without that segment does not change either, nor does what comes before the branch.
+            np.testing.assert_array_equal(after[~sees], before[~sees])
+            if segment:
+                first = np.argwhere(changed)[0]
+                assert np.any(after[tuple(first)] != before[tuple(first)]), "the change can be seen at all"
 
 
 def test_window_counts_positions_not_places() -> None:
-    arrays = [jnp.asarray(a) for a in (SEGMENTS, BRANCHES, POSITIONS)]
-    seen = visible(*arrays, window=3)[0]
+    row = Context(*(field[0] for field in SHORT))
+    places = jnp.arange(len(SEGMENTS[0]))
+    seen = visible(row, places, row, places, 3)
     # The first token of completion 2 (place 5, position 3) sees prompt positions 1 and 2, for all that lies between.
     assert np.flatnonzero(seen[5]).tolist() == [1, 2, 5]
 
 
-def test_padding_puts_out_zero_and_passes_no_gradient() -> None:
-    q, k, v = heads()
-    nothing = jnp.zeros_like(jnp.asarray(SEGMENTS))
-
-    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(packed_attention(q, k, v, nothing, nothing, nothing)))
-
-    value, gradients = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
-    assert value == 0
-    assert all(np.all(np.asarray(g) == 0) for g in gradients)
+@every
+def test_padding_puts_out_zero_and_passes_no_gradient(implementation: Implementation) -> None:
+    nothing = Context(*(jnp.zeros((1, 200), jnp.int32),) * 3)
+    found = value_and_gradients(implementation, nothing, None, *heads(nothing))
+    assert all(np.all(np.asarray(x) == 0) for x in found)
 
 
-def test_probabilities_are_not_kept_for_the_backward_pass() -> None:
-    q, k, v = heads()
-    segments, branches, positions = (jnp.asarray(a) for a in (SEGMENTS, BRANCHES, POSITIONS))
-    _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, segments, branches, positions), q, k, v)
+@every
+def test_probabilities_are_not_kept_for_the_backward_pass(implementation: Implementation) -> None:
+    context = LAYOUTS["edges"]
+    q, k, v, _ = heads(context)
+    R, T = context.segments.shape
+    _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, context, None, implementation), q, k, v)
     kept = [np.shape(leaf) for leaf in jax.tree.leaves(pull)]
-    assert (1, T, 4, 8) in kept, "the queries are kept"
+    assert (R, T, N, H) in kept, "the queries are kept"
     assert not [shape for shape in kept if shape.count(T) > 1]
+
+
+def test_tiles_out_of_sight_are_not_computed() -> None:
+    """Not a number in a key spreads to every query of a tile that meets it, also with a weight of 0."""
+    context = LAYOUTS["edges"]
+    q, k, v, _ = heads(context)
+    k = k.at[0, :128].set(jnp.nan)
+    out = np.asarray(packed_attention(q, k, v, context, None, "blocked"))
+    # The first example of the first row fills its first tile, the second one begins with the second tile.
+    assert np.isnan(out[0, :128]).all()
+    assert np.isfinite(out[0, 128:]).all()
+    assert np.isfinite(out[1:]).all()
+
+
+def test_config_names_every_implementation() -> None:
+    named = get_args(ModelConfig.__annotations__["attention"])
+    assert set(named) == {"auto", *get_args(Implementation)} == {"auto", *IMPLEMENTATIONS}
+    assert choose("cpu") == "blocked"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpo.models.attention import packed_attention
+from jaxpo.models.attention import Context, packed_attention
 from jaxpo.models.decoder import Decoder, Head, Remat, abstract_decoder, logical_axes
 from jaxpo.models.scratch import Scratch
 
@@ -40,7 +40,7 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], length: int = 32) ->
 def hidden(decoder: Decoder, row: Row, remat: Remat = "none", dtype: str = "float32") -> jax.Array:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         segments, branches, positions = (jnp.asarray(a) for a in row[1:])
-        return packed_attention(q, k, v, segments, branches, positions, decoder.config.window)
+        return packed_attention(q, k, v, Context(segments, branches, positions), decoder.config.window)
 
     tokens, positions = jnp.asarray(row.tokens), jnp.asarray(row.positions)
     return decoder.hidden(tokens, positions, attend, compute_dtype=dtype, remat=remat)[0]

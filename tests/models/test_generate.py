@@ -7,7 +7,7 @@ import pytest
 
 from jaxpo.errors import UserError
 from jaxpo.models import generate
-from jaxpo.models.attention import packed_attention
+from jaxpo.models.attention import Context, packed_attention
 from jaxpo.models.decoder import CachedAttend, Decoder
 from jaxpo.models.generate import cached_attention, greedy
 from jaxpo.models.scratch import Scratch
@@ -22,7 +22,7 @@ def next_tokens(decoder: Decoder, tokens_1T: jax.Array) -> jax.Array:
     ones = jnp.ones_like(positions)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, ones, 0 * ones, positions, decoder.config.window)
+        return packed_attention(q, k, v, Context(ones, 0 * ones, positions), decoder.config.window)
 
     return jnp.argmax(decoder.logits(decoder.hidden(tokens_1T, positions, attend)[0])[0], -1)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpo.models.attention import packed_attention
+from jaxpo.models.attention import Context, packed_attention
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder
@@ -141,7 +141,7 @@ def hidden(decoder: Decoder, tokens_RT: jax.Array) -> jax.Array:
     ones = jnp.ones_like(positions)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, ones, 0 * ones, positions, decoder.config.window)
+        return packed_attention(q, k, v, Context(ones, 0 * ones, positions), decoder.config.window)
 
     return decoder.hidden(tokens_RT, positions, attend)[0]
 

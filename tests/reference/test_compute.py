@@ -15,7 +15,7 @@ from jaxpo import config_file, run
 from jaxpo.batch import DeviceBatch, Example, HostBatch
 from jaxpo.data.pack import Packing
 from jaxpo.data.tokenizer import load_tokenizer
-from jaxpo.models.attention import packed_attention
+from jaxpo.models.attention import Context, packed_attention
 from jaxpo.models.decoder import Decoder
 from jaxpo.models.export import export
 from jaxpo.models.scratch import build
@@ -82,7 +82,7 @@ def token_logps(decoder: Decoder, tokens: jax.Array) -> jax.Array:
     ones = jnp.ones_like(positions)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return packed_attention(q, k, v, ones, 0 * ones, positions, None)
+        return packed_attention(q, k, v, Context(ones, 0 * ones, positions), None)
 
     hidden, _ = decoder.hidden(tokens[None], positions, attend)
     logps = jax.nn.log_softmax(decoder.logits(hidden)[0, :-1])

@@ -1,0 +1,23 @@
+"""Attention with a [T, T] mask over the whole row: the plainest implementation, which the others are checked against.
+
+Shape legend: R rows, T tokens of a row, N query heads, K key and value heads, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpo.models.attention.context import Context, visible
+
+
+def attention(
+    q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
+) -> jax.Array:
+    """See `packed_attention`. Probabilities are float32 and never kept for the backward pass."""
+
+    @jax.checkpoint
+    def masked(q, k, v, context: Context) -> jax.Array:
+        places_T = jnp.arange(q.shape[1])
+        mask_R1TT = visible(context, places_T, context, places_T, window)[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="xla")
+
+    return masked(q_RTNH, k_RTKH, v_RTKH, context)
