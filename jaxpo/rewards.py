@@ -22,6 +22,7 @@ from jaxpo.data.readers import Preference
 from jaxpo.data.record import Said
 from jaxpo.data.tokenizer import load_tokenizer
 from jaxpo.errors import UserError
+from jaxpo.models import attention
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, Learned, abstract_decoder
@@ -92,8 +93,10 @@ class RewardModel:
                 remat="none",
                 chunk=row_length,
                 statistics=frozenset({"rewards"}),
+                attention=attention.choose(layout.platform),
                 constrain=layout.constrain,
                 gather=layout.gather_embedding,
+                spread=layout.spread,
             ),
             layout=layout,
             pad_id=checkpoint.hf_config.get("pad_token_id"),

@@ -311,7 +311,10 @@ WRONG_OBJECTIVES = [
         "{name: all_pairs, pair: {name: dpo, max_completions: 3}}",
         "objective.pair.max_completions is unknown; did you mean objective.max_completions?",
     ),
-    ("{name: plackett_luce, max_completions: 1}", "objective.max_completions is 1; expected an integer >= 2 and <= 64."),
+    (
+        "{name: plackett_luce, max_completions: 1}",
+        "objective.max_completions is 1; expected an integer >= 2 and <= 64.",
+    ),
     ("{name: reward, max_completions: 1}", "objective.max_completions is 1; expected an integer >= 2 and <= 64."),
     (
         "{name: mixture}",

@@ -103,6 +103,7 @@ OPTIONS: dict[str, Option] = {
     "model.dtype": option("model", "model.dtype=bfloat16"),
     "model.compute_dtype": option("program", "model.compute_dtype=bfloat16"),
     "model.remat": option("program", "model.remat=full"),
+    "model.attention": option("program", "model.attention=dense"),
     "data.train": option("data", "data.train=[{path: TINY/dpo.jsonl}, {path: TINY/dpo-eval.jsonl}]"),
     "data.train.path": option("data", "data.train.0.path=TINY/dpo-eval.jsonl"),
     "data.train.split": option("data", "data.train.0.split=train", given=(f"data.train={WORLD}",)),
