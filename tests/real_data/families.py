@@ -53,8 +53,9 @@ FAMILIES = {
         "eval_rewards/accuracies",
         sections={"reference": {"sync_steps": 16, "mixup_alpha": 0.6}},
     ),
-    "simpo": Family({"name": "simpo"}, "hh", "eval_rewards/accuracies"),
-    "orpo": Family({"name": "orpo", "beta": 1.0}, "hh", "eval_log_odds_chosen"),
+    "simpo": Family({"name": "simpo"}, "hh", "eval_loss", rises=False),
+    # The odds ratio's own term: -log sigmoid of it is what ORPO adds to the likelihood.
+    "orpo": Family({"name": "orpo", "beta": 1.0}, "hh", "eval_log_odds_ratio"),
     "kto": Family({"name": "kto"}, "hh", "eval_rewards/margins"),
     "bco": Family({"name": "bco"}, "hh", "eval_rewards/margins"),
     "apo_zero_unpaired": Family({"name": "apo_zero_unpaired"}, "hh", "eval_rewards/accuracies"),
@@ -86,7 +87,7 @@ FAMILIES = {
         "eval_rewards/margins",
         model=SMOLLM2,
         learning_rate=1e-5,
-        sections={"training": {"batch_size": 16, "max_steps": 40}},
+        sections={"training": {"batch_size": 16, "max_steps": 15}},
     ),
     "kto-smollm2": Family(
         {"name": "kto"},
