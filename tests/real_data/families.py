@@ -153,7 +153,7 @@ ROWS = {
     "alpaca_en": (demo("alpaca_en"), 800, 100),
     "kto_en": (demo("kto_en"), 240, 40),
     "dpo_zh": (demo("dpo_zh"), 240, 32),
-    "gsm8k_labels": (gsm8k_labels, 600, 60),
+    "gsm8k_labels": (gsm8k_labels, 60, 12),
     "gsm8k_rankings": (gsm8k_rankings, 560, 120),
 }
 
