@@ -335,7 +335,6 @@ def test_all_lists_of_a_source_have_scores_or_none_has(
         ({**ANSWER, "label": True, "labels": [True]}, "label", "labels", "labels: completions, labels, prompt"),
         ({**ANSWER, "label": True, "chosen_score": 3}, "label", "chosen_score", "pairs: chosen, prompt, rejected"),
         ({**ANSWER, "scores": [1]}, "completion", "scores", "rankings: completions, prompt"),
-        ({"text": "t", "label": 1}, "completion", "label", "labels: completion, prompt, label or kto_tag"),
         ({**PAIR, "kto_tag": True}, "pair", "kto_tag", "labels: completion, prompt, label or kto_tag"),
         ({**PAIR, "scores": [2, 1]}, "pair", "scores", "rankings: completions, prompt"),
         ({**PAIR, "labels": [1, 0]}, "label", "labels", "labels: completions, labels, prompt"),

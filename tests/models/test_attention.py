@@ -35,7 +35,7 @@ def rows(T: int, examples: list[list[tuple[int, ...]]]) -> Context:
     return Context(*map(jnp.asarray, fields))
 
 
-# Examples that end at the edge of a tile of 128, before it and after it; some longer than a tile, and one of them the
+# Examples that end at the edge of a tile, before it and after it; some longer than a tile, and one of them the
 # whole row; lists; a row of padding; a row that is no multiple of a tile.
 LAYOUTS = {
     "short": SHORT,
@@ -154,16 +154,28 @@ def test_probabilities_are_not_kept_for_the_backward_pass(implementation: Implem
     assert not [shape for shape in kept if shape.count(T) > 1]
 
 
-def test_tiles_out_of_sight_are_not_computed() -> None:
-    """Not a number in a key spreads to every query of a tile that meets it, also with a weight of 0."""
+def test_keys_of_other_segments_are_not_computed() -> None:
+    """Not a number in a key spreads to every query that meets it, also with a weight of 0."""
     context = LAYOUTS["edges"]
     q, k, v, _ = heads(context)
     k = k.at[0, :128].set(jnp.nan)
     out = np.asarray(packed_attention(q, k, v, context, None, "blocked"))
-    # The first example of the first row fills its first tile, the second one begins with the second tile.
+    # The first example of the first row has 128 tokens.
     assert np.isnan(out[0, :128]).all()
     assert np.isfinite(out[0, 128:]).all()
     assert np.isfinite(out[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_token_s_output_does_not_depend_on_where_it_lies(dtype: Any) -> None:
+    """To the bit, so that a reference computed in other rows is the same."""
+    alone, later = rows(200, [[(100, 20, 30)]]), rows(333, [[(33, 7, 11), (100, 20, 30), (2, 3)]])
+    arrays = heads(alone, dtype)
+    moved = [jnp.pad(x, ((0, 0), (51, 82), (0, 0), (0, 0)), constant_values=0.5) for x in arrays]
+    once = value_and_gradients("blocked", alone, None, *arrays)
+    again = value_and_gradients("blocked", later, None, *moved)
+    for one, other in zip(once, again, strict=True):
+        np.testing.assert_array_equal(one[:, :150], other[:, 51:201])
 
 
 def test_config_names_every_implementation() -> None:

@@ -1,16 +1,19 @@
-"""Attention tile by tile: the tiles of keys that no query of a tile may see are never computed.
+"""Attention tile by tile, each segment by itself: no key is computed that is of another one.
 
-In a row of many examples that is most of them, and nothing of size [T, T] ever exists. The softmax is summed up tile
-after tile, with a running maximum (Dao et al. 2022, arXiv 2205.14135, algorithm 1); the backward pass recomputes the
+In a row of many examples that is most keys, and nothing of size [T, T] ever exists. The softmax is summed up tile after
+tile, with a running maximum (Dao et al. 2022, arXiv 2205.14135, algorithm 1); the backward pass recomputes the
 probabilities from the log of the softmax's sum (Dao 2023, arXiv 2307.08691, algorithm 2). Plain XLA: it runs anywhere,
 and on a CPU it is the fastest there is.
 
-Shape legend: R rows, T tokens of a row, C tokens of a tile, N query heads, K key and value heads, G = N / K queries'
-heads of one of the keys', H head size. Inside, tokens are the axis before H.
+Tiles begin where segments do, so what comes out for a token does not depend, to the bit, on what else is in its row: a
+policy equal to its reference has the reference's log-probs, also in bfloat16.
+
+Shape legend: R rows, T tokens of a row, C tokens of a tile, N query heads, K key and value heads, G = N / K heads of
+queries to one of keys, H head size. Inside, tokens are the axis before H.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpo.models.attention.context import Context, visible
 
-TILE = 128
+TILE = 64
 # The score of a key out of sight: finite, so that a row of them gives no NaN.
 HIDDEN = -1e30
 
@@ -27,17 +30,39 @@ HIDDEN = -1e30
 def attention(
     q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
 ) -> jax.Array:
-    """See `packed_attention`. Products are summed in float32."""
+    """See `packed_attention`. Products are of float32, whatever the inputs."""
     T = q_RTNH.shape[1]
     tile = min(T, TILE)
 
-    # Whole tiles: a row's last one is filled up with padding.
+    # The last tile of a row may begin at its last token.
     def filled(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, -T % tile)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.pad(x, [(0, 0), (0, tile)] + [(0, 0)] * (x.ndim - 2))
 
     q, k, v = map(filled, (q_RTNH, k_RTKH, v_RTKH))
     out: Any = _attention(tile, window, q, k, v, Context(*map(filled, context)))
     return out[:, :T]
+
+
+class Tiles(NamedTuple):
+    """The tiles of all rows, in order: the row and the place of each one's first token, and of its segment's.
+
+    int32 [R * T] of which the first `number` [] are there.
+    """
+
+    row: jax.Array
+    begin: jax.Array
+    segment: jax.Array
+    number: jax.Array
+
+
+def tiles_of(segments_RT: jax.Array, tile: int) -> Tiles:
+    """Each segment from its first token on, in tiles of which the last may reach into what follows."""
+    T = segments_RT.shape[1]
+    first_RT = jnp.pad(segments_RT[:, 1:] != segments_RT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    start_RT = lax.cummax(jnp.where(first_RT, jnp.arange(T), 0), axis=1)
+    begins_RT = (segments_RT > 0) & ((jnp.arange(T) - start_RT) % tile == 0)
+    (places,) = jnp.nonzero(begins_RT.reshape(-1), size=segments_RT.size, fill_value=0)
+    return Tiles(places // T, places % T, start_RT.reshape(-1)[places], begins_RT.sum())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -49,37 +74,37 @@ def _forward(tile: int, window: int | None, q: jax.Array, k: jax.Array, v: jax.A
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
     q_RKGTH, k_RKTH, v_RKTH = _grouped(q, K), _heads_first(k), _heads_first(v)
-    first_RI = first_tiles(context.segments, tile)
+    tiles = tiles_of(context.segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out_RKGTH, lse_RKGT = so_far
-        r, i = n // first_RI.shape[1], n % first_RI.shape[1]
+        r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         q_KQH = _tile(q_RKGTH, r, i, tile, axis=3).reshape(K, G * tile, H)
 
-        def of_keys(j: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
+        def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
             top_KQ, sum_KQ, out_KQH = sums
+            j = first + m * tile
             k_KCH, v_KCH = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKTH, r, j, tile, axis=2)
             scores_KQC = _dot("kqh,kch->kqc", q_KQH, k_KCH) * scale
             scores_KQC = jnp.where(_seen(context, r, i, j, tile, window, G), scores_KQC, HIDDEN)
             new_KQ = jnp.maximum(top_KQ, scores_KQC.max(axis=-1))
             weights_KQC, shrink_KQ = jnp.exp(scores_KQC - new_KQ[..., None]), jnp.exp(top_KQ - new_KQ)
-            out_KQH = out_KQH * shrink_KQ[..., None] + _dot("kqc,kch->kqh", weights_KQC.astype(v.dtype), v_KCH)
+            out_KQH = out_KQH * shrink_KQ[..., None] + _dot("kqc,kch->kqh", weights_KQC, v_KCH)
             return new_KQ, sum_KQ * shrink_KQ + weights_KQC.sum(axis=-1), out_KQH
 
         nothing_KQ = jnp.zeros((K, G * tile), jnp.float32)
         start = (nothing_KQ + HIDDEN, nothing_KQ, jnp.zeros((K, G * tile, H), jnp.float32))
-        top_KQ, sum_KQ, out_KQH = lax.fori_loop(first_RI[r, i], i + 1, of_keys, start)
-        # A tile of padding has seen no keys.
-        sum_KQ = jnp.maximum(sum_KQ, jnp.finfo(jnp.float32).tiny)
+        top_KQ, sum_KQ, out_KQH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
         out = (out_KQH / sum_KQ[..., None]).astype(q.dtype).reshape(1, K, G, tile, H)
         lse = (top_KQ + jnp.log(sum_KQ)).reshape(1, K, G, tile)
+        # What lies behind the segment's end is the next one's, whose tiles are still to be written.
         return (
-            lax.dynamic_update_slice(out_RKGTH, out, (r, 0, 0, i * tile, 0)),
-            lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, i * tile)),
+            lax.dynamic_update_slice(out_RKGTH, out, (r, 0, 0, i, 0)),
+            lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, i)),
         )
 
     start = (jnp.zeros_like(q_RKGTH), jnp.zeros(q_RKGTH.shape[:-1], jnp.float32))
-    out_RKGTH, lse_RKGT = lax.fori_loop(0, first_RI.size, of_queries, start)
+    out_RKGTH, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
     out = checkpoint_name(_ungrouped(out_RKGTH), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
     return out, (q, k, v, context, out, lse_RKGT)
@@ -92,33 +117,34 @@ def _backward(tile: int, window: int | None, saved: Any, d_out: jax.Array):
     q_RKGTH, k_RKTH, v_RKTH, d_out_RKGTH = _grouped(q, K), _heads_first(k), _heads_first(v), _grouped(d_out, K)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     inner_RKGT = _grouped(inner, K)[..., 0]
-    first_RI = first_tiles(context.segments, tile)
+    tiles = tiles_of(context.segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
         d_q_RKGTH, d_k_RKTH, d_v_RKTH = so_far
-        r, i = n // first_RI.shape[1], n % first_RI.shape[1]
+        r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         q_KQH, d_out_KQH = (_tile(x, r, i, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
         lse_KQ, inner_KQ = (_tile(x, r, i, tile, axis=3).reshape(K, G * tile, 1) for x in (lse_RKGT, inner_RKGT))
 
-        def of_keys(j: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
+        def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
             d_q_KQH, d_k_RKTH, d_v_RKTH = sums
+            j = first + m * tile
             k_KCH, v_KCH = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKTH, r, j, tile, axis=2)
             scores_KQC = _dot("kqh,kch->kqc", q_KQH, k_KCH) * scale
             probs_KQC = jnp.where(_seen(context, r, i, j, tile, window, G), jnp.exp(scores_KQC - lse_KQ), 0.0)
             d_probs_KQC = _dot("kqh,kch->kqc", d_out_KQH, v_KCH)
-            d_scores_KQC = (probs_KQC * (d_probs_KQC - inner_KQ) * scale).astype(q.dtype)
-            d_k_RKTH = _add_to_tile(d_k_RKTH, _dot("kqc,kqh->kch", d_scores_KQC, q_KQH), r, j, tile)
-            d_v_RKTH = _add_to_tile(d_v_RKTH, _dot("kqc,kqh->kch", probs_KQC.astype(q.dtype), d_out_KQH), r, j, tile)
+            d_scores_KQC = probs_KQC * (d_probs_KQC - inner_KQ) * scale
+            d_k_RKTH = _add_to_tile(d_k_RKTH, _dot("kqc,kqh->kch", d_scores_KQC, q_KQH), r, j)
+            d_v_RKTH = _add_to_tile(d_v_RKTH, _dot("kqc,kqh->kch", probs_KQC, d_out_KQH), r, j)
             return d_q_KQH + _dot("kqc,kch->kqh", d_scores_KQC, k_KCH), d_k_RKTH, d_v_RKTH
 
         start = (jnp.zeros((K, G * tile, H), jnp.float32), d_k_RKTH, d_v_RKTH)
-        d_q_KQH, d_k_RKTH, d_v_RKTH = lax.fori_loop(first_RI[r, i], i + 1, of_keys, start)
+        d_q_KQH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
         d_q = d_q_KQH.astype(q.dtype).reshape(1, K, G, tile, H)
-        return lax.dynamic_update_slice(d_q_RKGTH, d_q, (r, 0, 0, i * tile, 0)), d_k_RKTH, d_v_RKTH
+        return lax.dynamic_update_slice(d_q_RKGTH, d_q, (r, 0, 0, i, 0)), d_k_RKTH, d_v_RKTH
 
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
     start = (jnp.zeros_like(q_RKGTH), nothing_RKTH, nothing_RKTH)
-    d_q_RKGTH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, first_RI.size, of_queries, start)
+    d_q_RKGTH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
     d_k, d_v = _heads_first(d_k_RKTH).astype(k.dtype), _heads_first(d_v_RKTH).astype(v.dtype)
     return _ungrouped(d_q_RKGTH), d_k, d_v, None
 
@@ -126,19 +152,8 @@ def _backward(tile: int, window: int | None, saved: Any, d_out: jax.Array):
 _attention.defvjp(_forward, _backward)
 
 
-def first_tiles(segments_RT: jax.Array, tile: int) -> jax.Array:
-    """The first tile of keys that a tile of queries sees, [R, T / tile]: where the segment of its first token begins.
-
-    Of a tile of padding, one that comes after it: it sees none.
-    """
-    T = segments_RT.shape[1]
-    begins_RT = jnp.pad(segments_RT[:, 1:] != segments_RT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start_RT = lax.cummax(jnp.where(begins_RT, jnp.arange(T), 0), axis=1)
-    return jnp.where(segments_RT[:, ::tile] > 0, start_RT[:, ::tile] // tile, T // tile)
-
-
 def _dot(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(how, a.astype(jnp.float32), b.astype(jnp.float32))
 
 
 def _grouped(x_RTNH: jax.Array, K: int) -> jax.Array:
@@ -157,13 +172,13 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 
 def _tile(x: jax.Array, r: jax.Array, i: jax.Array, tile: int, axis: int) -> jax.Array:
-    """Tile i of row r, without the row's axis; `axis` is that of the tokens in x."""
+    """The tile of row r that begins at token i, without the row's axis; `axis` is that of the tokens in x."""
     row = lax.dynamic_index_in_dim(x, r, axis=0, keepdims=False)
-    return lax.dynamic_slice_in_dim(row, i * tile, tile, axis=axis - 1)
+    return lax.dynamic_slice_in_dim(row, i, tile, axis=axis - 1)
 
 
-def _add_to_tile(x_RKTH: jax.Array, d_KCH: jax.Array, r: jax.Array, j: jax.Array, tile: int) -> jax.Array:
-    at = (r, 0, j * tile, 0)
+def _add_to_tile(x_RKTH: jax.Array, d_KCH: jax.Array, r: jax.Array, j: jax.Array) -> jax.Array:
+    at = (r, 0, j, 0)
     old = lax.dynamic_slice(x_RKTH, at, (1, *d_KCH.shape))
     return lax.dynamic_update_slice(x_RKTH, old + d_KCH[None], at)
 
@@ -171,7 +186,11 @@ def _add_to_tile(x_RKTH: jax.Array, d_KCH: jax.Array, r: jax.Array, j: jax.Array
 def _seen(
     context: Context, r: jax.Array, i: jax.Array, j: jax.Array, tile: int, window: int | None, G: int
 ) -> jax.Array:
-    """Which keys of tile j the queries of tile i see, of all G heads of a group: bool [G * C, C]."""
+    """Which keys of the tile at j the queries of the tile at i see, of all G heads of a group: bool [G * C, C].
+
+    Queries behind the segment's end see none here: they have tiles of their own.
+    """
     queries, keys = (Context(*(_tile(field, r, n, tile, axis=1) for field in context)) for n in (i, j))
     places = jnp.arange(tile)
-    return jnp.tile(visible(queries, i * tile + places, keys, j * tile + places, window), (G, 1))
+    seen = visible(queries, i + places, keys, j + places, window)
+    return jnp.tile(seen & (queries.segments == queries.segments[0])[:, None], (G, 1))
