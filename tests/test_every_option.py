@@ -375,7 +375,7 @@ class Watched:
         return digest(found)
 
 
-TIMES = {"pairs_per_s", "tokens_per_s"}
+TIMES = {"pairs_per_s", "tokens_per_s", "tflops_per_s"}
 KEPT = ("before", "after", "steps", "stopped", "exported_step", "examples", "dropped", "truncated")
 
 
