@@ -134,6 +134,7 @@ OPTIONS: dict[str, Option] = {
     "reference.mixup_alpha": option("scored", "reference.mixup_alpha=0.5", given=("reference.sync_steps=2",)),
     "training.batch_size": option("order", "training.batch_size=4"),
     "training.row_length": option("batches", "training.row_length=512"),
+    "training.row_shapes": option("batches", "training.row_shapes=4"),
     "training.rows_per_device": option("batches", "training.rows_per_device=2"),
     "training.packing": option("batches", "training.packing=false"),
     "training.share_prompt": option("batches", "training.share_prompt=false"),
