@@ -145,7 +145,9 @@ class TrainingConfig:
     """The course of the training.
 
     batch_size: examples of an optimizer step, exactly, whatever the packing. row_length and rows_per_device: tokens in
-    a packed row, and rows that one device computes at once; they change speed and memory, never the result. packing and
+    a packed row, and rows that one device computes at once; they change speed and memory, never the result. row_shapes:
+    how many lengths rows may have, row_length the longest and shorter ones that suit the data: less padding for a
+    program compiled for each. packing and
     share_prompt: off for comparisons only. num_epochs or max_steps, whichever ends first. eval_every, save_every: in
     steps; null means an evaluation before and after only, and a checkpoint after the last step only. best_metric: an
     `eval_` metric whose best checkpoint is kept too. best_mode: whether the smallest (min) or the largest (max) is the
@@ -155,6 +157,7 @@ class TrainingConfig:
     batch_size: PositiveInt = 64
     row_length: PositiveInt = 2048
     rows_per_device: PositiveInt = 1
+    row_shapes: PositiveInt = 1
     packing: bool = True
     share_prompt: bool = True
     num_epochs: PositiveInt = 1

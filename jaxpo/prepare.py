@@ -16,9 +16,9 @@ from jaxpo import atomic, config_file, console
 from jaxpo.batch import DeviceBatch, HostBatch, Objective
 from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
 from jaxpo.data import dataset, formats, sources
-from jaxpo.data.loader import Corpus
+from jaxpo.data.loader import Corpus, batches
 from jaxpo.data.mismatch import Mismatched
-from jaxpo.data.pack import Packing, bucket
+from jaxpo.data.pack import Packing, bucket, shorter_rows
 from jaxpo.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from jaxpo.errors import UserError
 from jaxpo.models import attention
@@ -38,6 +38,8 @@ INIT = "init"
 MADE_OF = "made_of.json"
 # Where in a run's folder its stages have theirs.
 STAGES = "stages"
+# Batches whose packing decides on the lengths of rows.
+BATCHES_TO_SUIT = 64
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,20 @@ def prepare(run: Run, folder: Path) -> Parts:
     )
     for key, one in zip(("data.train", "data.eval"), parts.corpora, strict=False):
         warn_of_one_kind(run, one, key)
-    rows = np.ceil(training.batch_size * parts.train.mean_size(packing) / packing.row_length)
-    usual = bucket(int(np.ceil(rows / packing.rows)))
-    return dataclasses.replace(parts, packing=dataclasses.replace(packing, microbatches=usual))
+    return dataclasses.replace(parts, packing=suited(packing, run, parts.train))
+
+
+def suited(packing: Packing, run: Run, corpus: Corpus) -> Packing:
+    """`packing` with the row lengths and the number of microbatches that the corpus asks for."""
+    training = run.training
+    sizes = packing.size(corpus.prompt_lengths, corpus.completion_lengths)
+    usual = np.ceil(training.batch_size * sizes.mean() / packing.row_length / packing.rows)
+    packing = dataclasses.replace(packing, microbatches=bucket(int(usual)))
+    if training.row_shapes == 1 or sizes.max() > packing.row_length:
+        return packing
+    order = batches(corpus, training.batch_size, 1, run.data.shuffle, training.seed)
+    first = [sizes[order[n]].tolist() for n in range(min(len(order), BATCHES_TO_SUIT))]
+    return dataclasses.replace(packing, shorter=shorter_rows(packing, first, training.row_shapes))
 
 
 def learns_rewards(run: Run) -> bool:

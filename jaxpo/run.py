@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from jaxpo.training import loop, metrics
 from jaxpo.training.checkpoint import Checkpoints, latest_step, restore_decoder
 from jaxpo.training.control import Control, Stop
 from jaxpo.training.evaluate import PREFIX, make_evaluation
+from jaxpo.training.flops import step_flops
 from jaxpo.training.loop import Loop, Progress
 from jaxpo.training.metrics import Record
 from jaxpo.training.moving_reference import Reference, Sync, checkpointed, restored
@@ -208,6 +209,8 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
         evaluate=evaluate,
         sync=sync,
         learning_rate=learning_rate(run.optimizer, steps),
+        flops=partial(step_flops, config),
+        peak_flops=parts.layout.peak_flops,
         checkpoints=checkpoints,
         sinks=sinks,
     )
@@ -296,7 +299,7 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
         "before": before,
         "after": after,
         "reference": {"computed": trained.references.computed, "reused": trained.references.reused},
-        **progress.rates(),
+        **loop.speed(progress.rates(), parts.layout.peak_flops),
         "peak_bytes": peak_bytes(),
         "dropped": dropped(parts),
         "truncated": truncated(parts),

@@ -134,6 +134,7 @@ OPTIONS: dict[str, Option] = {
     "reference.mixup_alpha": option("scored", "reference.mixup_alpha=0.5", given=("reference.sync_steps=2",)),
     "training.batch_size": option("order", "training.batch_size=4"),
     "training.row_length": option("batches", "training.row_length=512"),
+    "training.row_shapes": option("batches", "training.row_shapes=4"),
     "training.rows_per_device": option("batches", "training.rows_per_device=2"),
     "training.packing": option("batches", "training.packing=false"),
     "training.share_prompt": option("batches", "training.share_prompt=false"),
@@ -375,7 +376,7 @@ class Watched:
         return digest(found)
 
 
-TIMES = {"pairs_per_s", "tokens_per_s"}
+TIMES = {"pairs_per_s", "tokens_per_s", "tflops_per_s"}
 KEPT = ("before", "after", "steps", "stopped", "exported_step", "examples", "dropped", "truncated")
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from jaxpo import console
 from jaxpo.batch import Example, Feedback
 from jaxpo.data.loader import Source
-from jaxpo.data.pack import Packing, assign_rows
+from jaxpo.data.pack import Packing
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 # Tokens shown at each end of a prompt or a completion.
@@ -58,8 +58,9 @@ def packing_fill(dataset: Source, packing: Packing, batch_size: int, batches: in
     sizes = packing.size(dataset.prompt_lengths, dataset.completion_lengths)
     fits = sizes[sizes <= packing.row_length][: batches * batch_size]
     groups = [fits[start : start + batch_size].tolist() for start in range(0, len(fits), batch_size)]
-    rows = [len(assign_rows(group, packing.row_length)) if packing.packed else len(group) for group in groups]
-    places = sum(rows) * packing.row_length
+    layouts = [packing.rows_of(group) for group in groups]
+    rows = [len(rows) for _, rows in layouts]
+    places = sum(len(rows) * T for T, rows in layouts)
     return Fill(
         fraction=float(fits.sum()) / places if places else 0.0,
         rows_per_batch=float(np.mean(rows)) if rows else 0.0,

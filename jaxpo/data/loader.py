@@ -94,10 +94,6 @@ class Corpus(Sequence[Example]):
         """Tokens [N, K] of each completion."""
         return np.concatenate([s.completion_lengths for s in self.sources])
 
-    def mean_size(self, packing: Packing) -> float:
-        """Tokens that an example takes in a row, on average."""
-        return float(packing.size(self.prompt_lengths, self.completion_lengths).mean())
-
     def check_fits(self, packing: Packing) -> None:
         """Raise UserError unless every example fits into a row."""
         check_fits(packing, self.prompt_lengths, self.completion_lengths, lambda i: self[i].id)

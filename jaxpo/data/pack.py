@@ -6,7 +6,7 @@ B = 1 + K branches, Q statistics of the reference.
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,10 @@ from jaxpo.errors import UserError
 class Packing:
     """The layout of rows: their tokens, rows in a microbatch, one example a row or several, the prompt once or K times.
 
-    Arrays have places for at least `microbatches`: smaller batches then keep the shape of the others, and no further
-    program is compiled for them. score_prompt: whether a prompt's tokens are scored too, once, all but its first.
+    shorter: lengths below row_length that the rows of a batch may have instead, where that leaves fewer places empty.
+    Arrays have places for at least `microbatches` of the longest rows, or as many tokens in shorter ones: smaller
+    batches then keep the shape of the others, and no further program is compiled for them. score_prompt: whether a
+    prompt's tokens are scored too, once, all but its first.
     """
 
     row_length: int
@@ -29,11 +31,34 @@ class Packing:
     share_prompt: bool = True
     microbatches: int = 1
     score_prompt: bool = False
+    shorter: tuple[int, ...] = ()
 
     def size(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
         """Tokens [N] that examples take in a row, from prompt lengths [N] and completion lengths [N, K]."""
         copies = 1 if self.share_prompt else np.count_nonzero(completions, axis=1)
         return prompt * copies + completions.sum(axis=1)
+
+    def rows_of(self, sizes: Sequence[int]) -> tuple[int, list[list[int]]]:
+        """The length of a batch's rows and the examples in each, from the examples' sizes.
+
+        Of all lengths the one that leaves the fewest places empty in whole microbatches; the longest of those.
+        """
+        layouts: list[tuple[int, int, list[list[int]]]] = []
+        for T in (*self.shorter, self.row_length):
+            if max(sizes) <= T:
+                rows = assign_rows(sizes, T) if self.packed else [[i] for i in range(len(sizes))]
+                layouts.append((-(-len(rows) // self.rows) * T, -T, rows))
+        _, minus_T, rows = min(layouts, key=lambda layout: layout[:2])
+        return -minus_T, rows
+
+    def places(self, sizes: Sequence[int]) -> int:
+        """Places that a batch of examples of these sizes takes up, in whole microbatches."""
+        T, rows = self.rows_of(sizes)
+        return -(-len(rows) // self.rows) * self.rows * T
+
+    def shape_of(self, T: int, num_microbatches: int) -> int:
+        """Microbatches that arrays of rows of T tokens have places for."""
+        return max(bucket(num_microbatches), bucket(-(-self.microbatches * self.row_length // T)))
 
 
 class Place(NamedTuple):
@@ -76,6 +101,30 @@ def check_fits(packing: Packing, prompt: np.ndarray, completions: np.ndarray, na
         )
 
 
+def shorter_rows(packing: Packing, batches: Sequence[Sequence[int]], shapes: int) -> tuple[int, ...]:
+    """Up to shapes - 1 row lengths below row_length, with which `batches` of example sizes leave few places empty.
+
+    Multiples of 128 are tried, or of more where rows are long; one is taken after the other, each the one that saves
+    most. A length that saves less than one place in a thousand is not worth another program.
+    """
+    step = 128 * -(-packing.row_length // 4096)
+    lengths = range(step, packing.row_length, step)
+    places = [
+        [replace(packing, row_length=T, shorter=()).places(sizes) if max(sizes) <= T else None for sizes in batches]
+        for T in lengths
+    ]
+    best, taken = [packing.places(sizes) for sizes in batches], []
+    while len(taken) < shapes - 1:
+        with_each = [[min(b, p) if p is not None else b for b, p in zip(best, of_T, strict=True)] for of_T in places]
+        sums = [sum(one) for one in with_each]
+        if not sums or min(sums) > 0.999 * sum(best):
+            break
+        least = sums.index(min(sums))
+        best = with_each[least]
+        taken.append(lengths[least])
+    return tuple(sorted(taken))
+
+
 def bucket(n: int) -> int:
     """The next power of two: array shapes come in few sizes, so that few programs are compiled."""
     return 1 << max(0, n - 1).bit_length()
@@ -87,19 +136,16 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
     Returns the batch and the place of each example. Shapes are a function of the examples and the packing alone, so a
     resumed run sees the same ones.
     """
-    T, R = packing.row_length, packing.rows
+    R = packing.rows
     K = len(examples[0].completions)
     B = 1 + K
     Q = 1 if references is None else references.shape[1]
     prompt_lengths = np.array([len(e.prompt) for e in examples])
     completion_lengths = np.array([[len(c) for c in e.completions] for e in examples])
     check_fits(packing, prompt_lengths, completion_lengths, lambda i: examples[i].id)
-    if packing.packed:
-        rows = assign_rows(packing.size(prompt_lengths, completion_lengths).tolist(), T)
-    else:
-        rows = [[i] for i in range(len(examples))]
+    T, rows = packing.rows_of(packing.size(prompt_lengths, completion_lengths).tolist())
     num_microbatches = -(-len(rows) // R)
-    M = max(bucket(num_microbatches), packing.microbatches)
+    M = packing.shape_of(T, num_microbatches)
     X = max(bucket(max(map(len, rows))), T // 32)
     scored_lengths = np.column_stack([(prompt_lengths - 1) * packing.score_prompt, completion_lengths])
 

@@ -43,6 +43,7 @@ class Progress:
     places: int = 0
     steady_examples: int = 0
     steady_tokens: int = 0
+    steady_flops: float = 0.0
     steady_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     window: dict[str, list[float]] = field(default_factory=dict)
@@ -58,12 +59,18 @@ class Progress:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
 
     def rates(self) -> Record:
-        """Pairs (or other examples) and tokens per second, and the share of places that held none."""
-        if not self.steady_seconds:
-            return {"pairs_per_s": None, "tokens_per_s": None, "padding_fraction": self.padding}
+        """Pairs (or other examples), tokens and useful teraflops per second, and the share of places that held none.
+
+        Of all devices together; None before a second step.
+        """
+
+        def per_second(amount: float) -> float | None:
+            return amount / self.steady_seconds if self.steady_seconds else None
+
         return {
-            "pairs_per_s": self.steady_examples / self.steady_seconds,
-            "tokens_per_s": self.steady_tokens / self.steady_seconds,
+            "pairs_per_s": per_second(self.steady_examples),
+            "tokens_per_s": per_second(self.steady_tokens),
+            "tflops_per_s": per_second(self.steady_flops / 1e12),
             "padding_fraction": self.padding,
         }
 
@@ -84,7 +91,8 @@ class Loop:
 
     records: the lines of metrics.jsonl up to the step that is gone on from. batches(first, last, references): steps
     first (inclusive) to last (exclusive), with the reference's statistics [N, Q, K] of all training data. example_id
-    names an example. evaluate: as `make_evaluation`. sync: how the reference moves, None for one that stays.
+    names an example. evaluate: as `make_evaluation`. sync: how the reference moves, None for one that stays. flops: of
+    a step, see `training.flops`; peak_flops: what the devices could do in a second, None where that is not known.
     """
 
     config: TrainingConfig
@@ -101,6 +109,8 @@ class Loop:
     evaluate: Callable[[Decoder, Carry], Record] | None
     sync: Sync | None
     learning_rate: optax.Schedule
+    flops: Callable[[HostBatch], float]
+    peak_flops: float | None
     checkpoints: Checkpoints
     sinks: Sequence[Sink]
 
@@ -189,6 +199,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
                 progress.steady_seconds += now - since
                 progress.steady_examples += len(step.examples)
                 progress.steady_tokens += tokens
+                progress.steady_flops += loop.flops(step.batch)
             since = now
             if not pausing:
                 continue
@@ -270,8 +281,14 @@ def training_record(loop: Loop, n: int, state: TrainState, result: StepResult, p
         "epoch": n / loop.steps_per_epoch,
         "num_tokens": progress.tokens,
         **logged(loop.control, state.carry),
-        **progress.rates(),
+        **speed(progress.rates(), loop.peak_flops),
     }
+
+
+def speed(rates: Record, peak_flops: float | None) -> Record:
+    """`rates` and, where the devices' peak is known, `mfu`: the share of it that went into useful arithmetic."""
+    done = rates["tflops_per_s"]
+    return rates if peak_flops is None or done is None else {**rates, "mfu": 1e12 * done / peak_flops}
 
 
 def evaluate(loop: Loop, state: TrainState, progress: Progress) -> Record:

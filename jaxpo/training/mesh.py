@@ -14,6 +14,7 @@ from jaxpo.config import MeshConfig
 from jaxpo.errors import UserError
 from jaxpo.models.attention import Attention, Context
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, logical_axes, map_params
+from jaxpo.training.flops import PEAK
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -51,6 +52,13 @@ class Layout:
     @property
     def platform(self) -> str:
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def peak_flops(self) -> float | None:
+        """What all devices could do in a second, in bfloat16; None where that is not known."""
+        devices = list(self.mesh.devices.flat)
+        each = PEAK.get(devices[0].device_kind)
+        return each and each * len(devices)
 
     @property
     def replicated(self) -> NamedSharding:

@@ -88,6 +88,10 @@ def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
         def accumulate(i: jax.Array, so_far: Any) -> Any:
             return add(so_far, gradient(decoder, microbatch(batch, i), carry))
 
+        if batch.lengths.shape[0] == 1:
+            # Nothing to add up: no accumulators to fill and to read again.
+            value, grads = gradient(decoder, microbatch(batch, jnp.int32(0)), carry)
+            return value, as_float32(grads)
         zero, _ = zeros_like_output(gradient, decoder, microbatch(batch, jnp.int32(0)), carry)
         return lax.fori_loop(0, batch.num_microbatches, accumulate, (zero, zero_gradients(decoder)))
 
@@ -107,6 +111,14 @@ def whole_batch(objective: Objective, scorer: Scorer) -> Gradients:
             loss, metrics = objective(completions_of(scores, batch, carry))
             return loss, as_float32(metrics)
 
+        if batch.lengths.shape[0] == 1:
+            # One microbatch is the whole batch: its scores need not be computed twice.
+            one = microbatch(batch, jnp.int32(0))
+            scores, of_microbatch = jax.vjp(lambda d: scorer(d, one), decoder)
+            scores = jax.tree.map(lambda s: s[None], scores)
+            value, slopes = jax.value_and_grad(of_scores, has_aux=True)(scores)
+            (grads,) = of_microbatch(jax.tree.map(lambda s: s[0], slopes))
+            return value, as_float32(grads)
         scores = all_scores(scorer, decoder, batch)
         value, slopes = jax.value_and_grad(of_scores, has_aux=True)(scores)
         return value, pull_back(scorer, decoder, batch, slopes)

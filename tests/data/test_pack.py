@@ -1,6 +1,7 @@
 """Packing: every token once, every prediction from its own context alone, and the same rows every time."""
 
 from collections import Counter
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpo.batch import Example, HostBatch, PackedBatch
-from jaxpo.data.pack import Packing, Place, assign_rows, bucket, check_fits, pack
+from jaxpo.data.pack import Packing, Place, assign_rows, bucket, check_fits, pack, shorter_rows
 from jaxpo.errors import UserError
 from jaxpo.models.attention.context import Context, visible
 from jaxpo.training.loop import count_places
@@ -54,6 +55,7 @@ packings = st.builds(
     share_prompt=st.booleans(),
     microbatches=st.integers(1, 3),
     score_prompt=st.booleans(),
+    shorter=st.sampled_from([(), (64,), (49, 80)]),
 )
 quick = settings(deadline=None, max_examples=60)
 
@@ -69,7 +71,7 @@ def test_each_prediction_sees_its_own_context_and_nothing_else(rows: list[Exampl
     # A row at a time: shapes, and with them compiled operations, stay few.
     fields = (flat.segments, flat.branches, flat.positions)
     contexts = [Context(*(jnp.asarray(field[r]) for field in fields)) for r in range(M * R)]
-    T = jnp.arange(packing.row_length)
+    T = jnp.arange(batch.tokens.shape[-1])
     seen = [np.asarray(visible(context, T, context, T, None)) for context in contexts]
     scored = 0
     for one, place in zip(rows, places, strict=True):
@@ -141,10 +143,10 @@ def test_shapes_and_totals(rows: list[Example], packing: Packing) -> None:
     batch, places = pack(rows, None, packing)
     M, R, T = batch.tokens.shape
     assert packing.rows == R
-    assert packing.row_length == T
+    assert T in (*packing.shorter, packing.row_length)
     used = int(batch.num_microbatches)
-    assert max(used, packing.microbatches) <= M
-    assert bucket(M) == M or packing.microbatches == M
+    assert max(used * T, packing.microbatches * packing.row_length) <= M * T
+    assert bucket(M) == M
     assert not np.any(batch.segments[used:])
     assert int(batch.num_examples) == len(rows) == np.count_nonzero(batch.lengths[..., 1])
     of_prompts = sum(len(e.prompt) - 1 for e in rows) * packing.score_prompt
@@ -198,6 +200,47 @@ def test_rows_of_real_lengths_are_at_least_nine_tenths_full() -> None:
         rows = [example(n, p, a) for n, (p, a) in enumerate(zip(prompts.tolist(), answers.tolist(), strict=True))]
         fractions.append(1 - padding(pack(rows, None, Packing(2048, 1))[0]))
     assert np.mean(fractions) >= 0.9
+
+
+def test_a_batch_takes_the_length_that_leaves_the_fewest_places_empty() -> None:
+    packing = Packing(100, 1, shorter=(40, 70))
+    assert packing.rows_of([30, 30, 10]) == (70, [[0, 1, 2]])
+    assert packing.rows_of([40, 39]) == (40, [[0], [1]])
+    assert packing.rows_of([50, 49]) == (100, [[0, 1]])
+    # Of two layouts with as many places, the one of longer rows.
+    assert Packing(80, 1, shorter=(40,)).rows_of([40, 40]) == (80, [[0, 1]])
+    # Whole microbatches count: three rows of 40 take the places of four.
+    assert Packing(70, 2, shorter=(40,)).rows_of([40, 30, 25]) == (70, [[0, 1], [2]])
+
+
+def lengths_like_chat(count: int) -> list[list[int]]:
+    """Sizes of examples in batches of 8: two answers of 60 tokens to prompts of 150, with long tails."""
+    rng = np.random.default_rng(3)
+    prompts = np.clip(rng.lognormal(4.6, 0.9, (count, 8)), 5, 512)
+    return (prompts + np.clip(rng.lognormal(3.7, 0.9, (count, 8, 2)), 2, 256).sum(-1)).astype(int).tolist()
+
+
+def test_few_lengths_that_suit_the_data_leave_little_empty() -> None:
+    batches = lengths_like_chat(64)
+    packing = Packing(2688, 1)
+
+    def fill(shapes: int, batches: list[list[int]]) -> float:
+        suited = replace(packing, shorter=shorter_rows(packing, lengths_like_chat(64), shapes))
+        assert len(suited.shorter) <= shapes - 1
+        return sum(map(sum, batches)) / sum(map(suited.places, batches))
+
+    fills = [fill(shapes, batches) for shapes in (1, 2, 4, 8)]
+    assert fills == sorted(fills)
+    assert fills[0] < 0.8
+    assert fills[2] > 0.88
+    # Also of batches that were not looked at.
+    assert fill(4, lengths_like_chat(200)[64:]) > 0.87
+
+
+def test_no_length_is_taken_that_saves_nothing() -> None:
+    assert shorter_rows(Packing(256, 1), [[256, 256], [256]], 4) == ()
+    assert shorter_rows(Packing(256, 1), [[100], [90]], 4) == (128,)
+    assert shorter_rows(Packing(100, 1), [[100], [90]], 4) == ()
 
 
 def by_hand(batch: HostBatch) -> dict[str, list[object]]:

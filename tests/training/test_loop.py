@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from jaxpo.objectives import DPO
 from jaxpo.objectives.score import Scorer
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.control import Control
-from jaxpo.training.loop import TERMINATED, Ended, Loop, Progress, train
+from jaxpo.training.flops import step_flops
+from jaxpo.training.loop import TERMINATED, Ended, Loop, Progress, speed, train
 from jaxpo.training.metrics import JsonLines, read
 from jaxpo.training.moving_reference import Reference
 from jaxpo.training.optimizer import learning_rate, make_optimizer
@@ -113,6 +115,8 @@ class Trial:
                 evaluate=evaluate if self.evaluating else None,
                 sync=None,
                 learning_rate=learning_rate(settings, STEPS),
+                flops=partial(step_flops, state.decoder.config),
+                peak_flops=None,
                 checkpoints=checkpoints,
                 sinks=[sink],
             )
@@ -420,12 +424,17 @@ def test_progress_of_a_resumed_run_adds_its_seconds() -> None:
     after = now.after(earlier)
     assert after == replace(earlier, seconds={"train": 2.0, "load": 1.5, "data": 0.25})
     assert after.padding == pytest.approx(0.1)
-    assert Progress().rates() == {"pairs_per_s": None, "tokens_per_s": None, "padding_fraction": None}
+    nothing = {"pairs_per_s": None, "tokens_per_s": None, "tflops_per_s": None, "padding_fraction": None}
+    assert Progress().rates() == speed(Progress().rates(), 1e12) == nothing
 
 
 def test_rates_are_per_second_of_steady_training() -> None:
-    progress = Progress(tokens=50, places=200, steady_examples=30, steady_tokens=900, steady_seconds=1.5)
-    assert progress.rates() == {"pairs_per_s": 20.0, "tokens_per_s": 600.0, "padding_fraction": 0.75}
+    progress = Progress(
+        tokens=50, places=200, steady_examples=30, steady_tokens=900, steady_flops=6e12, steady_seconds=1.5
+    )
+    rates = {"pairs_per_s": 20.0, "tokens_per_s": 600.0, "tflops_per_s": 4.0, "padding_fraction": 0.75}
+    assert progress.rates() == speed(progress.rates(), None) == rates
+    assert speed(progress.rates(), 16e12) == {**rates, "mfu": 0.25}
 
 
 def test_a_stage_inside_another_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
