@@ -35,7 +35,8 @@ class Progress:
     """What a resumed run must know besides its state; saved with each checkpoint.
 
     places and tokens count row places computed and those that held a token. The `steady` figures leave out the first
-    step of each process, which compiles. window holds the metrics since the last logged line as [sum, weight].
+    step of each process, which compiles. seconds: of each stage; `wait` is for data in training, `log` of metrics on
+    their way out. window holds the metrics since the last logged line as [sum, weight].
     """
 
     examples: int = 0
@@ -56,7 +57,10 @@ class Progress:
             yield
         finally:
             inside = sum(self.seconds.values()) - others
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - inside
+            self.add(stage, time.perf_counter() - start - inside)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def rates(self) -> Record:
         """Pairs (or other examples), tokens and useful teraflops per second, and the share of places that held none.
@@ -176,7 +180,9 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
             if n == first + 1 or loop.syncs_after(n - 1):
                 # Batches are made ahead of time: these end where the reference moves, so that none is made too early.
                 batches = loop.batches(n - 1, loop.window_end(n - 1), reference.train)
+            asked = time.perf_counter()
             step = next(batches)
+            waited = time.perf_counter() - asked
             with jax.transfer_guard("disallow"):
                 state, result = loop.step(state, loop.put(step.batch))
             open_steps.append((n, step, result))
@@ -194,7 +200,8 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
             if pausing:
                 settle(keep=0)
             now = time.perf_counter()
-            progress.seconds["train"] = progress.seconds.get("train", 0.0) + now - since
+            progress.add("wait", waited)
+            progress.add("train", now - since - waited)
             if warm:
                 progress.steady_seconds += now - since
                 progress.steady_examples += len(step.examples)
@@ -203,21 +210,23 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
             since = now
             if not pausing:
                 continue
-            merge(progress, window)
-            window.clear()
             line: Record = {}
-            if logging:
-                line |= training_record(loop, n, state, result, progress)
-                bar.describe(f"loss {line['loss']:.4f}" if line["loss"] is not None else "")
-                progress.window.clear()
-                watch.see(n, line)
+            with progress.timed("log"):
+                merge(progress, window)
+                window.clear()
+                if logging:
+                    line |= training_record(loop, n, state, result, progress)
+                    bar.describe(f"loss {line['loss']:.4f}" if line["loss"] is not None else "")
+                    progress.window.clear()
+                    watch.see(n, line)
             # Whoever sent SIGTERM may not wait for an evaluation; a resumed run makes up for it.
             if (loop.evaluates_at(n) or (watch.stop and loop.evaluate)) and not terminating:
                 held_out = evaluate(loop, state, progress)
                 watch.see(n, held_out)
                 line |= held_out
                 terminating = stop.is_set()
-            record(loop, n, line)
+            with progress.timed("log"):
+                record(loop, n, line)
             if loop.saves_at(n) or terminating or watch.stop is not None:
                 with progress.timed("checkpoint"):
                     held = checkpointed(state, reference if loop.sync is not None else None)
