@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxpo import atomic, config_file, console
+from jaxpo import atomic, compiler, config_file, console
 from jaxpo.batch import DeviceBatch, HostBatch, Objective
 from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
 from jaxpo.data import dataset, formats, sources
@@ -72,9 +72,8 @@ class Parts:
 
 def prepare(run: Run, folder: Path) -> Parts:
     """Find the model (make it, if it is from scratch), tokenise the data, lay out the mesh."""
+    compiler.set_up(run.model.compute_dtype)
     layout = Layout(make_mesh(run.mesh))
-    # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
-    jax.config.update("jax_default_matmul_precision", "highest" if run.model.compute_dtype == "float32" else None)
     say_devices(layout)
     path, revision = initial_model(run, folder), run.model.revision
     checkpoint = read_checkpoint(path, revision, head="score" if learns_rewards(run) else "lm")

@@ -14,12 +14,16 @@ import jax
 import pytest
 from hypothesis import settings
 
+from jaxpo import compiler
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The same inputs every time: what a random one finds shall not fail an innocent change.
 settings.register_profile("suite", derandomize=True)
 settings.load_profile("suite")
 
+# Both dtypes are tested in one process: the flags of one that are sound for the other too.
+compiler.set_up("bfloat16")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxpo/xla-tests").expanduser()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

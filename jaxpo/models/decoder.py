@@ -18,6 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpo.models.kept import recomputed
+from jaxpo.models.product import linear
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 CachedAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 Remat = Literal["none", "full", "dots"]
@@ -95,6 +98,19 @@ class DecoderConfig:
     residual_std: float = 0.02
 
 
+def _rms_norm(eps: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _layer_norm(eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 class Linear(nnx.Module):
     """x [..., *inputs] -> [..., *outputs]; kernel [*inputs, *outputs], bias [*outputs] or None."""
 
@@ -106,7 +122,7 @@ class Linear(nnx.Module):
         self.num_input_axes = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.num_input_axes)
+        y = linear(x, self.kernel[...], self.num_input_axes)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -118,9 +134,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return recomputed(partial(_rms_norm, self.eps))(x, self.scale[...])
 
 
 class LayerNorm(nnx.Module):
@@ -132,10 +146,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, -1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return recomputed(partial(_layer_norm, self.eps))(x, self.scale[...], self.bias[...])
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
@@ -176,7 +187,8 @@ class GatedMLP(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x_RTD)) * self.up(x_RTD))
+        activation = ACTIVATIONS[self.activation]
+        return self.down(recomputed(lambda gate, up: activation(gate) * up)(self.gate(x_RTD), self.up(x_RTD)))
 
 
 class PlainMLP(nnx.Module):
@@ -190,7 +202,7 @@ class PlainMLP(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
-        return self.down(ACTIVATIONS[self.activation](self.up(x_RTD)))
+        return self.down(recomputed(ACTIVATIONS[self.activation])(self.up(x_RTD)))
 
 
 MLPS = {"gated": GatedMLP, "plain": PlainMLP}

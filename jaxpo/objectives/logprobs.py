@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpo.models.product import contract
+
 
 class TokenScores(NamedTuple):
     """Of the labels [R, S], float32. logps: log p(label), in nats. correct: 1 where the label was the likeliest token.
@@ -48,7 +50,8 @@ def _columns(array: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
 
 
 def _logits(hidden_RCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("rcd,vd->rcv", hidden_RCD, head_VD, preferred_element_type=jnp.float32)
+    R, C, D = hidden_RCD.shape
+    return contract(hidden_RCD.reshape(R * C, D), head_VD, 1, 1, jnp.float32).reshape(R, C, -1)
 
 
 def _is_label(labels_RC: jax.Array, V: int) -> jax.Array:
@@ -100,16 +103,15 @@ def _scores_backward(chunk, confidence, saved, gradients):
         probs_RCV = jnp.exp(_logits(hidden_RCD, head_VD) - _columns(lse_RS, i, chunk)[..., None])
         onehot_RCV = _is_label(_columns(labels_RS, i, chunk), V).astype(jnp.float32)
         d_logits_RCV = (_columns(g_RS, i, chunk)[..., None] * (onehot_RCV - probs_RCV)).astype(hidden_RCD.dtype)
-        d_hidden_RCD = jnp.einsum("rcv,vd->rcd", d_logits_RCV, head_VD, preferred_element_type=jnp.float32)
-        d_head_VD += jnp.einsum("rcv,rcd->vd", d_logits_RCV, hidden_RCD, preferred_element_type=jnp.float32)
-        d_hidden_RSD = lax.dynamic_update_slice_in_dim(
-            d_hidden_RSD, d_hidden_RCD.astype(hidden_RSD.dtype), i * chunk, axis=1
-        )
+        d_logits_NV = d_logits_RCV.reshape(-1, V)
+        d_hidden_RCD = contract(d_logits_NV, head_VD, 1, 0, jnp.float32).reshape(hidden_RCD.shape)
+        d_head_VD += contract(d_logits_NV, hidden_RCD.reshape(len(d_logits_NV), -1), 0, 0, jnp.float32)
+        d_hidden_RSD = lax.dynamic_update_slice_in_dim(d_hidden_RSD, d_hidden_RCD, i * chunk, axis=1)
         return d_hidden_RSD, d_head_VD
 
-    zeros = (jnp.zeros_like(hidden_RSD), jnp.zeros(head_VD.shape, jnp.float32))
+    zeros = (jnp.zeros(hidden_RSD.shape, jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
     d_hidden_RSD, d_head_VD = lax.fori_loop(0, _num_chunks(used, chunk), body, zeros)
-    return d_hidden_RSD, d_head_VD.astype(head_VD.dtype), None, None
+    return d_hidden_RSD.astype(hidden_RSD.dtype), d_head_VD.astype(head_VD.dtype), None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

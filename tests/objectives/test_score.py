@@ -25,7 +25,8 @@ def test_head_chunks_cover_the_row_without_one_to_spare(row_length: int, rows: i
 
 
 def test_a_head_chunk_takes_as_much_as_it_may() -> None:
-    assert [head_chunk(2048, 1), head_chunk(2048, 4), head_chunk(512, 1), head_chunk(96, 64)] == [1024, 256, 512, 16]
+    assert [head_chunk(2048, 1), head_chunk(2048, 4), head_chunk(512, 1), head_chunk(96, 64)] == [128, 128, 128, 6]
+    assert [head_chunk(32768, 1), head_chunk(8192, 8), head_chunk(100, 1)] == [1024, 128, 100]
 
 
 @settings(deadline=None, max_examples=20)

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpo.models.attention.context import Context, visible
+from jaxpo.models.attention.context import Context, Ranges, changes, ranges
+from jaxpo.models.kept import keep, restore
 
-TILE = 64
+TILE = 128
 # The score of a key out of sight: finite, so that a row of them gives no NaN.
 HIDDEN = -1e30
 
@@ -30,7 +31,7 @@ HIDDEN = -1e30
 def attention(
     q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
 ) -> jax.Array:
-    """See `packed_attention`. Products are of float32, whatever the inputs."""
+    """See `packed_attention`. Products are summed in float32; probabilities enter them in the inputs' precision."""
     T = q_RTNH.shape[1]
     tile = min(T, TILE)
 
@@ -39,7 +40,8 @@ def attention(
         return jnp.pad(x, [(0, 0), (0, tile)] + [(0, 0)] * (x.ndim - 2))
 
     q, k, v = map(filled, (q_RTNH, k_RTKH, v_RTKH))
-    out: Any = _attention(tile, window, q, k, v, Context(*map(filled, context)))
+    context = Context(*map(filled, context))
+    out: Any = _attention(tile, q, k, v, context.segments, ranges(context, window))
     return out[:, :T]
 
 
@@ -58,44 +60,44 @@ class Tiles(NamedTuple):
 def tiles_of(segments_RT: jax.Array, tile: int) -> Tiles:
     """Each segment from its first token on, in tiles of which the last may reach into what follows."""
     T = segments_RT.shape[1]
-    first_RT = jnp.pad(segments_RT[:, 1:] != segments_RT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start_RT = lax.cummax(jnp.where(first_RT, jnp.arange(T), 0), axis=1)
+    start_RT = lax.cummax(jnp.where(changes(segments_RT), jnp.arange(T), 0), axis=1)
     begins_RT = (segments_RT > 0) & ((jnp.arange(T) - start_RT) % tile == 0)
     (places,) = jnp.nonzero(begins_RT.reshape(-1), size=segments_RT.size, fill_value=0)
     return Tiles(places // T, places % T, start_RT.reshape(-1)[places], begins_RT.sum())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(tile: int, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> jax.Array:
-    return _forward(tile, window, q, k, v, context)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges) -> jax.Array:
+    return _forward(tile, q, k, v, segments, sight)[0]
 
 
-def _forward(tile: int, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, context: Context):
+def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges):
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
     q_RKGTH, k_RKTH, v_RKTH = _grouped(q, K), _heads_first(k), _heads_first(v)
-    tiles = tiles_of(context.segments, tile)
+    tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out_RKGTH, lse_RKGT = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         q_KQH = _tile(q_RKGTH, r, i, tile, axis=3).reshape(K, G * tile, H)
+        sight_Q1 = Ranges(*(field[:, None] for field in _sight(segments, sight, r, i, tile, G)))
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
             top_KQ, sum_KQ, out_KQH = sums
             j = first + m * tile
             k_KCH, v_KCH = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKTH, r, j, tile, axis=2)
             scores_KQC = _dot("kqh,kch->kqc", q_KQH, k_KCH) * scale
-            scores_KQC = jnp.where(_seen(context, r, i, j, tile, window, G), scores_KQC, HIDDEN)
+            scores_KQC = jnp.where(sight_Q1.see(j + jnp.arange(tile)), scores_KQC, HIDDEN)
             new_KQ = jnp.maximum(top_KQ, scores_KQC.max(axis=-1))
             weights_KQC, shrink_KQ = jnp.exp(scores_KQC - new_KQ[..., None]), jnp.exp(top_KQ - new_KQ)
-            out_KQH = out_KQH * shrink_KQ[..., None] + _dot("kqc,kch->kqh", weights_KQC, v_KCH)
+            out_KQH = out_KQH * shrink_KQ[..., None] + _dot("kqc,kch->kqh", weights_KQC.astype(q.dtype), v_KCH)
             return new_KQ, sum_KQ * shrink_KQ + weights_KQC.sum(axis=-1), out_KQH
 
         nothing_KQ = jnp.zeros((K, G * tile), jnp.float32)
         start = (nothing_KQ + HIDDEN, nothing_KQ, jnp.zeros((K, G * tile, H), jnp.float32))
         top_KQ, sum_KQ, out_KQH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
-        out = (out_KQH / sum_KQ[..., None]).astype(q.dtype).reshape(1, K, G, tile, H)
+        out = (out_KQH / sum_KQ[..., None]).reshape(1, K, G, tile, H)
         lse = (top_KQ + jnp.log(sum_KQ)).reshape(1, K, G, tile)
         # What lies behind the segment's end is the next one's, whose tiles are still to be written.
         return (
@@ -103,57 +105,62 @@ def _forward(tile: int, window: int | None, q: jax.Array, k: jax.Array, v: jax.A
             lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, i)),
         )
 
-    start = (jnp.zeros_like(q_RKGTH), jnp.zeros(q_RKGTH.shape[:-1], jnp.float32))
+    start = (jnp.zeros(q_RKGTH.shape, jnp.float32), jnp.zeros(q_RKGTH.shape[:-1], jnp.float32))
     out_RKGTH, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
-    out = checkpoint_name(_ungrouped(out_RKGTH), "attention")
+    out = checkpoint_name(_ungrouped(out_RKGTH).astype(q.dtype), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
-    return out, (q, k, v, context, out, lse_RKGT)
+    return out, (*map(keep, (q, k, v, out)), segments, sight, lse_RKGT)
 
 
-def _backward(tile: int, window: int | None, saved: Any, d_out: jax.Array):
-    q, k, v, context, out, lse_RKGT = saved
+def _backward(tile: int, saved: Any, d_out: jax.Array):
+    *kept, segments, sight, lse_RKGT = saved
+    q, k, v, out = map(restore, kept)
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
     q_RKGTH, k_RKTH, v_RKTH, d_out_RKGTH = _grouped(q, K), _heads_first(k), _heads_first(v), _grouped(d_out, K)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     inner_RKGT = _grouped(inner, K)[..., 0]
-    tiles = tiles_of(context.segments, tile)
+    tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
         d_q_RKGTH, d_k_RKTH, d_v_RKTH = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         q_KQH, d_out_KQH = (_tile(x, r, i, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
-        lse_KQ, inner_KQ = (_tile(x, r, i, tile, axis=3).reshape(K, G * tile, 1) for x in (lse_RKGT, inner_RKGT))
+        lse_KQ, inner_KQ = (_tile(x, r, i, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
 
+        sight_Q = _sight(segments, sight, r, i, tile, G)
+
+        # Keys before queries: so the gradients of keys and values are products over the last axis of the left side.
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
             d_q_KQH, d_k_RKTH, d_v_RKTH = sums
             j = first + m * tile
             k_KCH, v_KCH = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKTH, r, j, tile, axis=2)
-            scores_KQC = _dot("kqh,kch->kqc", q_KQH, k_KCH) * scale
-            probs_KQC = jnp.where(_seen(context, r, i, j, tile, window, G), jnp.exp(scores_KQC - lse_KQ), 0.0)
-            d_probs_KQC = _dot("kqh,kch->kqc", d_out_KQH, v_KCH)
-            d_scores_KQC = probs_KQC * (d_probs_KQC - inner_KQ) * scale
-            d_k_RKTH = _add_to_tile(d_k_RKTH, _dot("kqc,kqh->kch", d_scores_KQC, q_KQH), r, j)
-            d_v_RKTH = _add_to_tile(d_v_RKTH, _dot("kqc,kqh->kch", probs_KQC, d_out_KQH), r, j)
-            return d_q_KQH + _dot("kqc,kch->kqh", d_scores_KQC, k_KCH), d_k_RKTH, d_v_RKTH
+            scores_KCQ = _dot("kch,kqh->kcq", k_KCH, q_KQH) * scale
+            seen_CQ = sight_Q.see(j + jnp.arange(tile)[:, None])
+            probs_KCQ = jnp.where(seen_CQ, jnp.exp(scores_KCQ - lse_KQ), 0.0)
+            d_probs_KCQ = _dot("kch,kqh->kcq", v_KCH, d_out_KQH)
+            d_scores_KCQ = (probs_KCQ * (d_probs_KCQ - inner_KQ) * scale).astype(q.dtype)
+            d_k_RKTH = _add_to_tile(d_k_RKTH, _dot("kcq,kqh->kch", d_scores_KCQ, q_KQH), r, j)
+            d_v_RKTH = _add_to_tile(d_v_RKTH, _dot("kcq,kqh->kch", probs_KCQ.astype(q.dtype), d_out_KQH), r, j)
+            return d_q_KQH + _dot("kcq,kch->kqh", d_scores_KCQ, k_KCH), d_k_RKTH, d_v_RKTH
 
         start = (jnp.zeros((K, G * tile, H), jnp.float32), d_k_RKTH, d_v_RKTH)
         d_q_KQH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
-        d_q = d_q_KQH.astype(q.dtype).reshape(1, K, G, tile, H)
+        d_q = d_q_KQH.reshape(1, K, G, tile, H)
         return lax.dynamic_update_slice(d_q_RKGTH, d_q, (r, 0, 0, i, 0)), d_k_RKTH, d_v_RKTH
 
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
-    start = (jnp.zeros_like(q_RKGTH), nothing_RKTH, nothing_RKTH)
+    start = (jnp.zeros(q_RKGTH.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
     d_q_RKGTH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
     d_k, d_v = _heads_first(d_k_RKTH).astype(k.dtype), _heads_first(d_v_RKTH).astype(v.dtype)
-    return _ungrouped(d_q_RKGTH), d_k, d_v, None
+    return _ungrouped(d_q_RKGTH).astype(q.dtype), d_k, d_v, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
 def _dot(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(how, a.astype(jnp.float32), b.astype(jnp.float32))
+    return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)
 
 
 def _grouped(x_RTNH: jax.Array, K: int) -> jax.Array:
@@ -183,14 +190,13 @@ def _add_to_tile(x_RKTH: jax.Array, d_KCH: jax.Array, r: jax.Array, j: jax.Array
     return lax.dynamic_update_slice(x_RKTH, old + d_KCH[None], at)
 
 
-def _seen(
-    context: Context, r: jax.Array, i: jax.Array, j: jax.Array, tile: int, window: int | None, G: int
-) -> jax.Array:
-    """Which keys of the tile at j the queries of the tile at i see, of all G heads of a group: bool [G * C, C].
+def _sight(segments: jax.Array, sight: Ranges, r: jax.Array, i: jax.Array, tile: int, G: int) -> Ranges:
+    """What the queries of a tile see, once for each of a group's G heads: fields [G * C].
 
-    Queries behind the segment's end see none here: they have tiles of their own.
+    Queries behind the segment's end see nothing here: they have tiles of their own.
     """
-    queries, keys = (Context(*(_tile(field, r, n, tile, axis=1) for field in context)) for n in (i, j))
-    places = jnp.arange(tile)
-    seen = visible(queries, i + places, keys, j + places, window)
-    return jnp.tile(seen & (queries.segments == queries.segments[0])[:, None], (G, 1))
+    prompt, prompt_end, own, own_last = (_tile(field, r, i, tile, axis=1) for field in sight)
+    segments_C = _tile(segments, r, i, tile, axis=1)
+    within = segments_C == segments_C[0]
+    fields = Ranges(prompt, jnp.where(within, prompt_end, 0), own, jnp.where(within, own_last, -1))
+    return Ranges(*(jnp.tile(field, G) for field in fields))

@@ -6,6 +6,8 @@ Shape legend: R rows, T tokens of a row, Q queries, K keys.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 
 class Context(NamedTuple):
@@ -32,3 +34,49 @@ def visible(queries: Context, query_places: jax.Array, keys: Context, key_places
     if window is not None:
         seen &= queries.positions[..., :, None] - keys.positions[..., None, :] < window
     return seen
+
+
+class Ranges(NamedTuple):
+    """The same, as the places in the row of the keys that each query sees, int32 [R, T] each.
+
+    Those of the prompt from `prompt` on and before `prompt_end`, and those of its own branch from `own` to `own_last`.
+    """
+
+    prompt: jax.Array
+    prompt_end: jax.Array
+    own: jax.Array
+    own_last: jax.Array
+
+    def see(self, places: jax.Array) -> jax.Array:
+        """Whether keys at these places are seen, of fields that broadcast with them."""
+        of_prompt = (places >= self.prompt) & (places < self.prompt_end)
+        return of_prompt | ((places >= self.own) & (places <= self.own_last))
+
+
+def ranges(context: Context, window: int | None) -> Ranges:
+    """What `visible` says, where a segment is its prompt and then its branches, each in one piece."""
+    segments_RT, branches_RT, positions_RT = context
+    places_RT = jnp.broadcast_to(jnp.arange(segments_RT.shape[1], dtype=jnp.int32), segments_RT.shape)
+
+    def since(begins_RT: jax.Array) -> jax.Array:
+        return lax.cummax(jnp.where(begins_RT, places_RT, 0), axis=1)
+
+    new_segment_RT = changes(segments_RT)
+    start_RT = since(new_segment_RT)
+    own_RT = since(new_segment_RT | changes(branches_RT))
+    before_RT = jnp.pad(branches_RT[:, :-1], ((0, 0), (1, 0)))
+    # A token of the prompt has all it sees in its own branch, which is the prompt: an end that lies before its segment.
+    prompt_end_RT = since((branches_RT != 0) & (new_segment_RT | (before_RT == 0)))
+    prompt_end_RT = jnp.where(branches_RT == 0, 0, prompt_end_RT)
+    if window is None:
+        return Ranges(start_RT, prompt_end_RT, own_RT, places_RT)
+    # The key at start + n of the prompt has position n.
+    first_RT = start_RT + positions_RT - window + 1
+    return Ranges(
+        jnp.maximum(start_RT, first_RT), prompt_end_RT, jnp.maximum(own_RT, places_RT - window + 1), places_RT
+    )
+
+
+def changes(values_RT: jax.Array) -> jax.Array:
+    """Whether a token's value is another than that of the token before: bool [R, T], true of the first."""
+    return jnp.pad(values_RT[:, 1:] != values_RT[:, :-1], ((0, 0), (1, 0)), constant_values=True)

@@ -1,0 +1,48 @@
+"""What a layer keeps for its backward pass, and what it computes again."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function of arrays, of which only the arguments are kept for the backward pass, which computes it again.
+
+    For what is cheaper to compute than to write and read. The function must not close over traced arrays.
+    """
+
+    @jax.custom_vjp
+    @wraps(function)
+    def once(*arguments: jax.Array) -> jax.Array:
+        return function(*arguments)
+
+    def forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return function(*arguments), tuple(map(keep, arguments))
+
+    def backward(kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[Any, ...]:
+        return jax.vjp(function, *map(restore, kept))[1](gradient)
+
+    once.defvjp(forward, backward)
+    return once
+
+
+def kept_as_integers(x: jax.Array) -> bool:
+    """Whether `keep` makes integers of x.
+
+    XLA updates a bfloat16 array on a CPU by way of float32, all of what is stacked for each layer.
+    """
+    return x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """x in the form in which a scan over layers stacks it; `restore` undoes it."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if kept_as_integers(x) else x
+
+
+def restore(kept: jax.Array) -> jax.Array:
+    """What was given to `keep`."""
+    return lax.bitcast_convert_type(kept, jnp.bfloat16) if kept.dtype == jnp.uint16 else kept

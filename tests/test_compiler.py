@@ -1,0 +1,43 @@
+"""What XLA is told before a run touches a device."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jaxpo.compiler import flags
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+@pytest.mark.parametrize(
+    ("given", "compute_dtype", "version", "expected"),
+    [
+        ("", "float32", (0, 10, 2), f"{FLAG}="),
+        ("", "bfloat16", (0, 12, 0), f"{FLAG}=individual_dot"),
+        ("--xla_dump_to=x", "bfloat16", (0, 10, 2), f"--xla_dump_to=x {FLAG}=individual_dot"),
+        (f"{FLAG}=+reduce", "float32", (0, 10, 2), f"{FLAG}=+reduce"),
+        # A release that may not know the flag would end the process over it.
+        ("--xla_dump_to=x", "float32", (0, 13, 0), "--xla_dump_to=x"),
+        ("", "float32", (0, 9, 1), ""),
+    ],
+)
+def test_flags(given: str, compute_dtype: str, version: tuple[int, ...], expected: str) -> None:
+    assert flags(given, compute_dtype, version) == expected
+
+
+# jax-ml/jax#39103: the last of these sums is wrong in jaxlib 0.10.2 as it comes.
+SUMS = """
+import jaxpo.compiler
+jaxpo.compiler.set_up({dtype!r})
+import jax, jax.numpy as jnp
+i = jnp.arange(32769, dtype=jnp.float32)
+x = jnp.stack((i, jnp.zeros_like(i), jnp.zeros_like(i)), axis=1)
+print(float(jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)[-1]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_are_right(dtype: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SUMS.format(dtype=dtype)], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == 32768.0**2
