@@ -12,6 +12,7 @@ from jaxpo.batch import Carry, DeviceBatch, Metrics, Objective
 from jaxpo.models.decoder import Decoder
 from jaxpo.objectives.score import Scorer, Scores, all_scores, completions_of, microbatch
 from jaxpo.training.control import Control
+from jaxpo.training.optimizer import norm
 
 Gradients = Callable[[Decoder, DeviceBatch, Carry], tuple[tuple[jax.Array, Metrics], Any]]
 
@@ -137,13 +138,13 @@ def make_train_step(
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepResult]:
         (loss, metrics), grads = gradients(state.decoder, batch, state.carry)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.decoder)
         params: Any = state.decoder
         updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
         decoder: Any = optax.apply_updates(params, updates)
         carry = {**control.next_carry(state.carry, metrics), **objective.next_carry(state.carry, metrics)}
-        update_norm = optax.tree.norm(updates)
+        update_norm = norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         result = StepResult(metrics, grad_norm, update_norm, finite)
         return TrainState(state.step + 1, decoder, optimizer_state, as_float32(carry)), result

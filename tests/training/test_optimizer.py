@@ -11,7 +11,7 @@ import pytest
 
 from jaxpo.config import OptimizerConfig
 from jaxpo.models.decoder import Decoder, DecoderConfig, Learned, map_params
-from jaxpo.training.optimizer import decays, learning_rate, make_optimizer
+from jaxpo.training.optimizer import clip, decays, learning_rate, make_optimizer, norm
 
 PEAK, STEPS = 0.25, 20
 
@@ -148,3 +148,23 @@ def test_clipping_and_adamw_are_torchs(max_grad_norm: float | None) -> None:
     assert max_grad_norm is None or set(clipped) == {True, False}
     for mine, theirs in zip(jax.tree.leaves(decoder), leaves, strict=True):
         np.testing.assert_allclose(mine, theirs.detach().numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_norm_is_that_of_float64() -> None:
+    rng = np.random.default_rng(0)
+    # Of very different sizes, as gradients are: a plain sum over three axes is wrong by 1e-4 here.
+    sizes = np.exp(2 * rng.normal(size=(30, 96, 1)))
+    tree = {"a": (rng.normal(size=(30, 96, 512)) * sizes).astype(np.float32), "b": np.float32([3.0, -4.0])}
+    exact = math.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in tree.values()))
+    assert float(jax.jit(norm)(tree)) == pytest.approx(exact, rel=1e-6)
+    assert float(norm({"zero": jnp.zeros(3)})) == 0.0
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3])
+def test_clipping_is_that_of_optax(limit: float) -> None:
+    tree = {"a": jnp.linspace(-2.0, 3.0, 12).reshape(3, 4), "b": jnp.zeros(2)}
+    ours, theirs = clip(limit), optax.clip_by_global_norm(limit)
+    got, _ = ours.update(tree, ours.init(tree))
+    expected, _ = theirs.update(tree, theirs.init(tree))
+    for name in tree:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-6)

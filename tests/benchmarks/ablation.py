@@ -1,0 +1,183 @@
+"""What each technique of the fast path gives: one of them taken away at a time, on the same batch of HH-RLHF.
+
+    python tests/benchmarks/ablation.py --json OUT.json [--dtype float32] [--batch 8] [--repeats 3]
+
+The time is that of a DPO step's loss and gradient of SmolLM2-135M, without the optimizer. Repeats go round the
+variants, and medians are compared. Each variant's loss and gradient norm stand beside its time: a technique changes
+neither. XLA's own choice of kernels, which the last variant has, is of a process: it runs in one of its own.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+MODEL = Path("~/.cache/jaxpo-models/smollm2-135m-instruct").expanduser()
+DATA = SHARED / "data" / "hh-rlhf" / "helpful-base-test.jsonl.gz"
+KERNELS = "XLA's own kernels"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The fast path, but for what is named here."""
+
+    packed: bool = True
+    share_prompt: bool = True
+    score_prompt: bool = False
+    attention: str = "blocked"
+    reference_pass: bool = False
+    plain_products: bool = False
+
+
+VARIANTS = {
+    "all": Setting(),
+    "no packing: two examples a row, padded": Setting(packed=False),
+    "no shared prompt": Setting(share_prompt=False),
+    "no reference table": Setting(reference_pass=True),
+    "head on every token": Setting(score_prompt=True),
+    "dense attention": Setting(attention="dense"),
+    "gradients of products by autodiff": Setting(plain_products=True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--variants", type=json.loads, default=[*VARIANTS, KERNELS], help="a JSON list of their names")
+    arguments = parser.parse_args()
+    if not DATA.exists() or not (MODEL / "model.safetensors").exists():
+        sys.exit(f"needs {DATA} and the weights in {MODEL}, as {SHARED / 'models' / 'get_smollm2.py'} writes them")
+    report = measured(arguments)
+    if KERNELS in arguments.variants:
+        report[KERNELS] = in_a_process_of_its_own(arguments)
+    if "all" in report:
+        for one in report.values():
+            one["slower"] = one["seconds"] / report["all"]["seconds"]
+    arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"{'':40} seconds  slower  {'loss':>10} {'grad_norm':>10} places")
+    for name, one in report.items():
+        figures = f"{one['seconds']:7.2f} {one.get('slower', 1):6.2f}x {one['loss']:11.6f} {one['grad_norm']:10.4f}"
+        print(f"{name:40} {figures} {one['places']:6}")
+
+
+def in_a_process_of_its_own(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fast path as XLA would compile it if jaxpo told it nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        options = ["--dtype", arguments.dtype, "--batch", arguments.batch, "--repeats", arguments.repeats]
+        command = [sys.executable, __file__, "--json", out, *options, "--variants", '["all"]']
+        environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=+individual_dot"}
+        subprocess.run([str(part) for part in command], env=environment, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(out.read_text(encoding="utf-8"))["all"]
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    import jax
+
+    from jaxpo.config import Run
+    from jaxpo.prepare import prepare
+    from jaxpo.references import reference_logps
+
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        command = [sys.executable, str(SHARED / "peers" / "hh_pairs.py"), str(DATA), str(rows), str(arguments.batch)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        run = Run.model_validate(
+            {
+                "model": {"path": str(MODEL), "compute_dtype": arguments.dtype, "remat": "none"},
+                "data": {"train": [{"path": str(rows)}], "max_length": 1024, "cache_dir": folder},
+                "objective": {"name": "dpo"},
+                "training": {"batch_size": arguments.batch},
+                "output_dir": folder,
+            }
+        )
+        parts = prepare(run, Path(folder))
+        examples = [parts.train[i] for i in range(len(parts.train))]
+        decoder = parts.load(parts.checkpoint)
+        # Far from the policy: a first step's loss is the same whatever is computed.
+        reference = jax.tree.map(lambda leaf: leaf * 1.01, decoder)
+        table = reference_logps(parts, reference, parts.train)(range(len(examples)))[:, :1]
+        steps = {
+            name: prepared(parts, examples, decoder, reference, table, VARIANTS[name])
+            for name in arguments.variants
+            if name in VARIANTS
+        }
+    report: dict[str, Any] = {name: {**facts, "times": []} for name, (_, facts) in steps.items()}
+    for _ in range(arguments.repeats):
+        for name, (step, _) in steps.items():
+            start = time.perf_counter()
+            step()
+            report[name]["times"].append(time.perf_counter() - start)
+    for one in report.values():
+        one["seconds"] = median(one["times"])
+    return report
+
+
+def prepared(
+    parts: Any, examples: list[Any], decoder: Any, reference: Any, table: Any, setting: Setting
+) -> tuple[Any, dict[str, Any]]:
+    """A function that does a step, compiled, and what it found."""
+    import jax
+    import numpy as np
+
+    from jaxpo.data.pack import Packing, pack
+    from jaxpo.models import decoder as decoders
+    from jaxpo.objectives import DPO
+    from jaxpo.objectives.score import all_scores, head_chunk
+    from jaxpo.training.control import Control
+    from jaxpo.training.optimizer import norm
+    from jaxpo.training.step import initial_carry, sum_of_shares
+
+    def plain(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+        return jax.numpy.tensordot(x, kernel.astype(x.dtype), axes)
+
+    packing = Packing(
+        row_length=0,
+        rows=1 if setting.packed else 2,
+        packed=setting.packed,
+        share_prompt=setting.share_prompt,
+        score_prompt=setting.score_prompt,
+    )
+    prompts = np.array([len(e.prompt) for e in examples])
+    sizes = packing.size(prompts, np.array([[len(c) for c in e.completions] for e in examples]))
+    longest = int(min(sizes.sum(), 4096) if setting.packed else sizes.max())
+    packing = dataclasses.replace(packing, row_length=-(-longest // 64) * 64)
+    batch, _ = pack(examples, table, packing)
+    scorer = dataclasses.replace(
+        parts.scorer, attention=setting.attention, chunk=head_chunk(packing.row_length, packing.rows)
+    )
+    gradients = sum_of_shares(DPO(), scorer)
+    carry = {name: np.float32(value) for name, value in initial_carry(DPO(), Control()).items()}
+
+    def step(weights: Any, reference: Any, batch: Any) -> tuple[Any, ...]:
+        if setting.reference_pass:
+            logps = all_scores(scorer, reference, batch).logps[..., None, 1:]
+            batch = batch._replace(references=jax.lax.stop_gradient(logps))
+        (loss, _), grads = gradients(weights, batch, carry)
+        return loss, norm(grads), grads
+
+    on_device = parts.put(batch)
+    products = mock.patch.object(decoders, "linear", plain) if setting.plain_products else mock.patch("sys.argv", [])
+    with products:
+        compiled = jax.jit(step).lower(decoder, reference, on_device).compile()
+    loss, norm, _ = jax.block_until_ready(compiled(decoder, reference, on_device))
+    facts = {"loss": float(loss), "grad_norm": float(norm), "places": int(batch.tokens.size)}
+    return lambda: jax.block_until_ready(compiled(decoder, reference, on_device)), facts
+
+
+if __name__ == "__main__":
+    main()
