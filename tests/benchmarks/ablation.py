@@ -88,7 +88,7 @@ def in_a_process_of_its_own(arguments: argparse.Namespace) -> dict[str, Any]:
 def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     import jax
 
-    from jaxpo.config import Run
+    from jaxpo import config_file
     from jaxpo.prepare import prepare
     from jaxpo.references import reference_logps
 
@@ -96,15 +96,20 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = Path(folder) / "rows.jsonl"
         command = [sys.executable, str(SHARED / "peers" / "hh_pairs.py"), str(DATA), str(rows), str(arguments.batch)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        run = Run.model_validate(
-            {
-                "model": {"path": str(MODEL), "compute_dtype": arguments.dtype, "remat": "none"},
-                "data": {"train": [{"path": str(rows)}], "max_length": 1024, "cache_dir": folder},
-                "objective": {"name": "dpo"},
-                "training": {"batch_size": arguments.batch},
-                "output_dir": folder,
-            }
+        config = Path(folder) / "dpo.yaml"
+        config.write_text(
+            json.dumps(
+                {
+                    "model": {"path": str(MODEL), "compute_dtype": arguments.dtype, "remat": "none"},
+                    "data": {"train": [{"path": str(rows)}], "max_length": 1024, "cache_dir": folder},
+                    "objective": {"name": "dpo"},
+                    "training": {"batch_size": arguments.batch},
+                    "output_dir": folder,
+                }
+            ),
+            encoding="utf-8",
         )
+        run = config_file.load(config)
         parts = prepare(run, Path(folder))
         examples = [parts.train[i] for i in range(len(parts.train))]
         decoder = parts.load(parts.checkpoint)
@@ -174,8 +179,8 @@ def prepared(
     products = mock.patch.object(decoders, "linear", plain) if setting.plain_products else mock.patch("sys.argv", [])
     with products:
         compiled = jax.jit(step).lower(decoder, reference, on_device).compile()
-    loss, norm, _ = jax.block_until_ready(compiled(decoder, reference, on_device))
-    facts = {"loss": float(loss), "grad_norm": float(norm), "places": int(batch.tokens.size)}
+    loss, grad_norm, _ = jax.block_until_ready(compiled(decoder, reference, on_device))
+    facts = {"loss": float(loss), "grad_norm": float(grad_norm), "places": int(batch.tokens.size)}
     return lambda: jax.block_until_ready(compiled(decoder, reference, on_device)), facts
 
 
