@@ -70,9 +70,9 @@ def norm(tree: Any) -> jax.Array:
 def clip(max_norm: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm`, by the norm of `norm`."""
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def clipped(updates: Any, params: Any) -> Any:
         del params
         scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm(updates), jnp.finfo(jnp.float32).tiny))
-        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates), state
+        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clipped)

@@ -166,7 +166,7 @@ def prepared(
         parts.scorer, attention=setting.attention, chunk=head_chunk(packing.row_length, packing.rows)
     )
     gradients = sum_of_shares(DPO(), scorer)
-    carry = {name: np.float32(value) for name, value in initial_carry(DPO(), Control()).items()}
+    carry: Any = {name: np.float32(value) for name, value in initial_carry(DPO(), Control()).items()}
 
     def step(weights: Any, reference: Any, batch: Any) -> tuple[Any, ...]:
         if setting.reference_pass:
