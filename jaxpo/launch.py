@@ -73,6 +73,9 @@ SITUATION = {
     "judge": ("reward", "a reward model or a program judges answers"),
 }
 
+# The commands that run a model.
+COMPUTING = ("train", "reference", "score")
+
 TRAIN = """\
 Train as the config says: its stages first, then the run itself. The folder
 output_dir receives config.yaml, metrics.jsonl, summary.json, plots/,
@@ -141,8 +144,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
 
+    from jaxpo import allocator
     from jaxpo.errors import UserError
 
+    if arguments is None and known.command in COMPUTING:
+        allocator.start_again_with_huge_pages()
     _set_environment()
     _quieten()
     try:
