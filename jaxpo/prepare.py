@@ -99,7 +99,7 @@ def prepare(run: Run, folder: Path) -> Parts:
         scorer=Scorer(
             compute_dtype=run.model.compute_dtype,
             remat=run.model.remat,
-            chunk=head_chunk(training.row_length, training.rows_per_device),
+            chunk=head_chunk(training.row_length, training.rows_per_device, layout.platform),
             statistics=run.objective.statistics,
             attention=attention.choose(layout.platform) if run.model.attention == "auto" else run.model.attention,
             constrain=layout.constrain,

@@ -12,7 +12,15 @@ MAX_LINES = 500
 # Each module may import from its own group and those above it; a package stands for its modules that are not listed.
 # objectives.score runs a decoder over packed rows, so it comes after the models though its package comes before.
 ORDER = [
-    ["jaxpo", "jaxpo.errors", "jaxpo.atomic", "jaxpo.allocator", "jaxpo.compiler", "jaxpo.models.kept", "jaxpo.models.product"],
+    [
+        "jaxpo",
+        "jaxpo.errors",
+        "jaxpo.atomic",
+        "jaxpo.allocator",
+        "jaxpo.compiler",
+        "jaxpo.models.kept",
+        "jaxpo.models.product",
+    ],
     ["jaxpo.batch", "jaxpo.objectives.losses", "jaxpo.objectives.logprobs"],
     ["jaxpo.objectives"],
     ["jaxpo.config"],

@@ -104,10 +104,10 @@ def check_fits(packing: Packing, prompt: np.ndarray, completions: np.ndarray, na
 def shorter_rows(packing: Packing, batches: Sequence[Sequence[int]], shapes: int) -> tuple[int, ...]:
     """Up to shapes - 1 row lengths below row_length, with which `batches` of example sizes leave few places empty.
 
-    Multiples of 128 are tried, or of more where rows are long; one is taken after the other, each the one that saves
+    Multiples of 64 are tried, or of more where rows are long; one is taken after the other, each the one that saves
     most. A length that saves less than one place in a thousand is not worth another program.
     """
-    step = 128 * -(-packing.row_length // 4096)
+    step = 64 * -(-packing.row_length // 4096)
     lengths = range(step, packing.row_length, step)
     places = [
         [replace(packing, row_length=T, shorter=()).places(sizes) if max(sizes) <= T else None for sizes in batches]

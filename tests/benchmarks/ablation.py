@@ -163,7 +163,7 @@ def prepared(
     packing = dataclasses.replace(packing, row_length=-(-longest // 64) * 64)
     batch, _ = pack(examples, table, packing)
     scorer = dataclasses.replace(
-        parts.scorer, attention=setting.attention, chunk=head_chunk(packing.row_length, packing.rows)
+        parts.scorer, attention=setting.attention, chunk=head_chunk(packing.row_length, packing.rows, "cpu")
     )
     gradients = sum_of_shares(DPO(), scorer)
     carry: Any = {name: np.float32(value) for name, value in initial_carry(DPO(), Control()).items()}

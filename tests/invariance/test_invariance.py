@@ -67,7 +67,7 @@ def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarra
     scorer = Scorer(
         compute_dtype="float32",
         remat=way.remat,
-        chunk=head_chunk(way.row_length, way.rows),
+        chunk=head_chunk(way.row_length, way.rows, "cpu"),
         constrain=layout.constrain,
         gather=layout.gather_embedding,
     )

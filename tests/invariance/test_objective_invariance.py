@@ -133,7 +133,7 @@ def scorer_of(layout: Layout, packing: Packing, kind: str, objective: Objective 
     return Scorer(
         compute_dtype="float32",
         remat="none",
-        chunk=head_chunk(packing.row_length, packing.rows // layout.batch_devices),
+        chunk=head_chunk(packing.row_length, packing.rows // layout.batch_devices, "cpu"),
         statistics=everything if objective is None else objective.statistics,
         constrain=layout.constrain,
         gather=layout.gather_embedding,

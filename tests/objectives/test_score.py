@@ -16,17 +16,26 @@ from jaxpo.models.decoder import Decoder
 from jaxpo.objectives.score import Scorer, Scores, completions_of, head_chunk, microbatch, sum_by_slot
 
 
-@given(row_length=st.integers(1, 5000), rows=st.integers(1, 2000))
-def test_head_chunks_cover_the_row_without_one_to_spare(row_length: int, rows: int) -> None:
-    chunk = head_chunk(row_length, rows)
+@given(row_length=st.integers(1, 5000), rows=st.integers(1, 2000), platform=st.sampled_from(["cpu", "gpu"]))
+def test_head_chunks_cover_the_row_without_one_to_spare(row_length: int, rows: int, platform: str) -> None:
+    chunk = head_chunk(row_length, rows, platform)
     chunks = -(-row_length // chunk)
     assert chunks * chunk - row_length < chunks
-    assert chunk * rows <= max(1024, rows)
+    assert chunk * rows <= max({"cpu": 120, "gpu": 1024}[platform], rows)
 
 
 def test_a_head_chunk_takes_as_much_as_it_may() -> None:
-    assert [head_chunk(2048, 1), head_chunk(2048, 4), head_chunk(512, 1), head_chunk(96, 64)] == [128, 128, 128, 6]
-    assert [head_chunk(32768, 1), head_chunk(8192, 8), head_chunk(100, 1)] == [1024, 128, 100]
+    sizes = {
+        (2048, 1): 128,
+        (2048, 4): 128,
+        (512, 1): 128,
+        (96, 64): 6,
+        (32768, 1): 1024,
+        (8192, 8): 128,
+        (100, 1): 100,
+    }
+    assert {size: head_chunk(*size, "tpu") for size in sizes} == sizes
+    assert [head_chunk(2048, 1, "cpu"), head_chunk(2048, 4, "cpu"), head_chunk(100, 1, "cpu")] == [114, 30, 100]
 
 
 @settings(deadline=None, max_examples=20)

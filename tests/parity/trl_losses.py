@@ -158,7 +158,7 @@ def without_references(batch: DeviceBatch) -> DeviceBatch:
 
 
 def scorer_for(statistics: frozenset[Any]) -> Scorer:
-    return Scorer("float32", "none", head_chunk(ROW, ROWS), statistics)
+    return Scorer("float32", "none", head_chunk(ROW, ROWS, "cpu"), statistics)
 
 
 # With all that an objective over log-probs can ask for, so that one compiled program serves them all.

@@ -31,7 +31,7 @@ def on_device(tree: Any) -> Any:
 
 
 def scorer(packing: Packing) -> Scorer:
-    return Scorer("float32", "none", head_chunk(packing.row_length, packing.rows))
+    return Scorer("float32", "none", head_chunk(packing.row_length, packing.rows, "cpu"))
 
 
 def start(decoder: Decoder) -> tuple[TrainState, optax.GradientTransformation]:
