@@ -66,10 +66,11 @@ class Scratch:
 class ModelConfig:
     """The model to train: `path` is a folder, a hub id or `stage:NAME`, the result of an earlier stage; or `scratch`.
 
-    dtype: of the master weights and the optimizer state. compute_dtype: of the matrix multiplications; logits, softmax
-    and losses are float32 always. remat: what the backward pass recomputes: nothing, everything but the layers' inputs
-    (`full`), or everything but matrix products (`dots`); attention probabilities are recomputed always. attention: how
-    it is computed, see `models.attention`; `auto` takes what is fastest on the platform.
+    dtype: of the master weights. compute_dtype: of the matrix products; logits, softmax and losses are float32 always.
+    remat: what the backward pass recomputes: nothing; everything but the layers' inputs (`full`), but matrix products
+    (`dots`), or but queries, keys, values and what attention makes of them (`attention`); `offload` is as `attention`,
+    with what is kept in the host's memory. unroll: layers that the compiler sees at once; more may run faster.
+    attention: how it is computed, see `models.attention`; `auto` takes what is fastest on the platform.
     """
 
     path: Named | None = None
@@ -77,8 +78,9 @@ class ModelConfig:
     scratch: Scratch | None = None
     dtype: Dtype = "float32"
     compute_dtype: Dtype = "bfloat16"
-    remat: Literal["none", "full", "dots"] = "full"
-    attention: Literal["auto", "dense", "blocked"] = "auto"
+    remat: Literal["none", "full", "dots", "attention", "offload"] = "full"
+    unroll: PositiveInt = 1
+    attention: Literal["auto", "dense", "blocked", "splash", "cudnn"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -128,9 +130,8 @@ class ReferenceConfig:
     sync_steps: the reference follows the policy: after every so many steps it becomes mixup_alpha * policy + (1 -
     mixup_alpha) * reference. TR-DPO, Gorbatovski et al. 2024 (arXiv 2404.09656), for any objective with a reference;
     null leaves it where it is. Each time, the log-probs of the examples that the coming steps see are computed anew:
-    one more forward pass for every example trained on, a third of a step's work, a quarter with `remat: full`
-    (`seconds.sync` tells what it took). With a mixup_alpha of 1 no second model is held; below 1 the averaged weights
-    are kept in memory and in the checkpoints.
+    one more forward pass for every example trained on, a third of a step's work, a quarter with `remat: full`.
+    With a mixup_alpha of 1 no second model is held; below 1 the averaged weights are in memory and in checkpoints.
     """
 
     cache_dir: Path = Path("~/.cache/jaxpo/reference")
@@ -147,11 +148,10 @@ class TrainingConfig:
     batch_size: examples of an optimizer step, exactly, whatever the packing. row_length and rows_per_device: tokens in
     a packed row, and rows that one device computes at once; they change speed and memory, never the result. row_shapes:
     how many lengths rows may have, row_length the longest and shorter ones that suit the data: less padding for a
-    program compiled for each. packing and
-    share_prompt: off for comparisons only. num_epochs or max_steps, whichever ends first. eval_every, save_every: in
-    steps; null means an evaluation before and after only, and a checkpoint after the last step only. best_metric: an
-    `eval_` metric whose best checkpoint is kept too. best_mode: whether the smallest (min) or the largest (max) is the
-    best; null goes by the metric's name, which says it of losses, accuracies, margins and distances.
+    program compiled for each. packing and share_prompt: off for comparisons only. num_epochs or max_steps, whichever
+    ends first. eval_every, save_every: in steps; null means an evaluation before and after only, and a checkpoint after
+    the last step only. best_metric: an `eval_` metric whose best checkpoint is kept too. best_mode: whether the
+    smallest (min) or the largest (max) is the best; null goes by the metric's name.
     """
 
     batch_size: PositiveInt = 64
@@ -175,7 +175,9 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW with a warmup and a schedule down to `min_learning_rate_ratio` times the learning rate.
 
-    Weight decay spares biases and norms. warmup_steps, where given, takes the place of warmup_ratio.
+    Weight decay spares biases and norms. warmup_steps takes the place of warmup_ratio. state_dtype: of the moments,
+    null for that of the weights. rounding: of bfloat16 weights and moments after an update computed in float32;
+    `nearest` loses updates below a 256th of a weight, `stochastic` keeps them on average.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -187,6 +189,8 @@ class OptimizerConfig:
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     eps: PositiveFloat = 1.0e-8
     weight_decay: NonNegativeFloat = 0.0
+    state_dtype: Dtype | None = None
+    rounding: Literal["nearest", "stochastic"] = "stochastic"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -99,9 +99,10 @@ def prepare(run: Run, folder: Path) -> Parts:
         scorer=Scorer(
             compute_dtype=run.model.compute_dtype,
             remat=run.model.remat,
+            unroll=run.model.unroll,
             chunk=head_chunk(training.row_length, training.rows_per_device, layout.platform),
             statistics=run.objective.statistics,
-            attention=attention.choose(layout.platform) if run.model.attention == "auto" else run.model.attention,
+            attention=attention_of(run, layout.platform, checkpoint.decoder_config.head_dim),
             constrain=layout.constrain,
             gather=layout.gather_embedding,
             spread=layout.spread,
@@ -123,6 +124,17 @@ def suited(packing: Packing, run: Run, corpus: Corpus) -> Packing:
     order = batches(corpus, training.batch_size, 1, run.data.shuffle, training.seed)
     first = [sizes[order[n]].tolist() for n in range(min(len(order), BATCHES_TO_SUIT))]
     return dataclasses.replace(packing, shorter=shorter_rows(packing, first, training.row_shapes))
+
+
+def attention_of(run: Run, platform: str, head_dim: int) -> attention.Implementation:
+    """The implementation that the run asks for, or the fastest one. Raises UserError if it does not run there."""
+    wanted, dtype = run.model.attention, run.model.compute_dtype
+    fastest = attention.choose(platform, dtype, head_dim)
+    if wanted == "auto":
+        return fastest
+    if (reason := attention.why_not(wanted, platform, dtype, head_dim)) is not None:
+        raise UserError(f"model.attention {wanted} cannot be used here: {reason}. Expected auto, which is {fastest}.")
+    return wanted
 
 
 def learns_rewards(run: Run) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxpo import compiler
 from jaxpo.batch import DeviceBatch, Example
 from jaxpo.config import Dtype, MeshConfig
 from jaxpo.data.chat import Encoded, Encoder, Fitted, Limits, Refused, fit, resolve_template
@@ -74,6 +75,7 @@ class RewardModel:
         Its weights stay as they are stored, float32 or bfloat16. chat_template: a file or a built-in name, in place of
         the tokenizer's own. UserError where there is no reward model.
         """
+        compiler.set_up(compute_dtype)
         checkpoint = read_checkpoint(path, revision, head="stored")
         config = checkpoint.decoder_config
         if config.head != "score":
@@ -93,7 +95,7 @@ class RewardModel:
                 remat="none",
                 chunk=row_length,
                 statistics=frozenset({"rewards"}),
-                attention=attention.choose(layout.platform),
+                attention=attention.choose(layout.platform, compute_dtype, config.head_dim),
                 constrain=layout.constrain,
                 gather=layout.gather_embedding,
                 spread=layout.spread,

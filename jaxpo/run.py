@@ -139,7 +139,7 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     steps = loader.num_steps(epoch, training.batch_size, training.num_epochs, training.max_steps)
     for key, text in too_late(run, steps, f"the {steps} steps of the run"):
         raise UserError(f"{key} {text}.")
-    optimizer = make_optimizer(run.optimizer, config, steps, training.max_grad_norm)
+    optimizer = make_optimizer(run.optimizer, config, steps, training.max_grad_norm, run.model.dtype)
     first = checkpoints.latest() or 0
     loaded: list[Decoder] = []
 

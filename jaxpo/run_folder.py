@@ -31,6 +31,7 @@ FREE = (
     "data.cache_dir",
     "reference.cache_dir",
     "model.remat",
+    "model.unroll",
     "model.attention",
     "training.row_length",
     "training.row_shapes",

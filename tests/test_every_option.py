@@ -103,6 +103,7 @@ OPTIONS: dict[str, Option] = {
     "model.dtype": option("model", "model.dtype=bfloat16"),
     "model.compute_dtype": option("program", "model.compute_dtype=bfloat16"),
     "model.remat": option("program", "model.remat=full"),
+    "model.unroll": option("program", "model.unroll=2"),
     "model.attention": option("program", "model.attention=dense"),
     "data.train": option("data", "data.train=[{path: TINY/dpo.jsonl}, {path: TINY/dpo-eval.jsonl}]"),
     "data.train.path": option("data", "data.train.0.path=TINY/dpo-eval.jsonl"),
@@ -161,6 +162,8 @@ OPTIONS: dict[str, Option] = {
     "optimizer.min_learning_rate_ratio": option("optimizer", "optimizer.min_learning_rate_ratio=0.5"),
     "optimizer.betas": option("optimizer", "optimizer.betas=[0.5, 0.9]"),
     "optimizer.eps": option("optimizer", "optimizer.eps=0.1"),
+    "optimizer.state_dtype": option("optimizer", "optimizer.state_dtype=bfloat16"),
+    "optimizer.rounding": option("optimizer", "optimizer.rounding=nearest", given=("model.dtype=bfloat16",)),
     "optimizer.weight_decay": option("optimizer", "optimizer.weight_decay=0.5"),
     "control.adaptive_beta": option("lines", *BETA),
     "control.adaptive_beta.kl_low": option("lines", "control.adaptive_beta.kl_low=0", given=BETA),
@@ -309,7 +312,7 @@ class Watched:
             decoder: Any = jax.tree.map(lambda w: w + jnp.asarray(0.125, w.dtype), state.decoder)
             carry = {**state.carry, **control.next_carry(state.carry, metrics)}
             one = jnp.float32(1.0)
-            result = StepResult(metrics=metrics, grad_norm=one, update_norm=one, finite=jnp.isfinite(one))
+            result = StepResult(metrics=metrics, grad_norm=one, update_norm=one, finite=jnp.isfinite(one), carry=carry)
             return TrainState(state.step + 1, decoder, state.optimizer, carry), result
 
         return step

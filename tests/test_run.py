@@ -87,15 +87,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def stopping(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """SIGTERM comes while the at-th step of the next run is computed."""
-    count_places, calls = loop.count_places, [0]
+    open_step, calls = loop.OpenStep, [0]
 
-    def counting(batch: Any) -> tuple[int, int]:
+    def counting(*fields: Any) -> loop.OpenStep:
         calls[0] += 1
         if calls[0] == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return count_places(batch)
+        return open_step(*fields)
 
-    monkeypatch.setattr(loop, "count_places", counting)
+    monkeypatch.setattr(loop, "OpenStep", counting)
 
 
 def stop(train: Train, at: int, *changes: str) -> None:
@@ -328,7 +328,7 @@ def test_a_run_killed_after_it_has_stopped_is_finished_without_training(
             train("dpo", *FAR)
     before = records(tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
-    monkeypatch.setattr(loop, "count_places", killed)
+    monkeypatch.setattr(loop, "OpenStep", killed)
     out = train("dpo", *FAR)
     assert summary(out)["stopped"]["step"] == summary(out)["steps"] == before[-1]["step"]
     assert records(out) == before

@@ -19,11 +19,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpo.models.kept import recomputed
-from jaxpo.models.product import linear
+from jaxpo.models.product import PRODUCT, linear
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 CachedAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "attention", "offload"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Head = Literal["tied", "own", "score"]
 Leaf = TypeVar("Leaf")
@@ -171,7 +171,8 @@ class Attention(nnx.Module):
         q_RTNH, k_RTKH, v_RTKH = self.query(x_RTD), self.key(x_RTD), self.value(x_RTD)
         if self.query_norm is not None and self.key_norm is not None:
             q_RTNH, k_RTKH = self.query_norm(q_RTNH), self.key_norm(k_RTKH)
-        out_RTNH, cache = attend(rotate(q_RTNH), rotate(k_RTKH), v_RTKH, cache)
+        q_RTNH, k_RTKH, v_RTKH = (checkpoint_name(x, "qkv") for x in (rotate(q_RTNH), rotate(k_RTKH), v_RTKH))
+        out_RTNH, cache = attend(q_RTNH, k_RTKH, v_RTKH, cache)
         return self.out(checkpoint_name(out_RTNH, "attention")), cache
 
 
@@ -252,19 +253,22 @@ class Decoder(nnx.Module):
         *,
         compute_dtype: Any = jnp.float32,
         remat: Remat = "none",
+        unroll: int = 1,
     ) -> tuple[jax.Array, None]:
         """Hidden states [R, T, D] in `compute_dtype`, after the final norm.
 
         attend: (q [R, T, N, H], k [R, T, K, H], v [R, T, K, H]) -> [R, T, N, H]; q and k are rotated already.
-        remat: what the backward pass computes again: nothing, all of a layer but its input (`full`), or all but matrix
-        products and the attention's output (`dots`).
+        remat: what the backward pass computes again: nothing; all of a layer but its input (`full`), but products and
+        the attention's output (`dots`), or but what goes into the attention and comes out of it (`attention`);
+        `offload` is as `attention`, with what is kept in the host's memory. unroll: layers that the compiler sees at
+        once.
         """
 
         def attend_uncached(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
             return attend(q, k, v), cache
 
         return self.hidden_with_cache(
-            tokens_RT, positions_RT, attend_uncached, None, compute_dtype=compute_dtype, remat=remat
+            tokens_RT, positions_RT, attend_uncached, None, compute_dtype=compute_dtype, remat=remat, unroll=unroll
         )
 
     def hidden_with_cache(
@@ -276,6 +280,7 @@ class Decoder(nnx.Module):
         *,
         compute_dtype: Any = jnp.float32,
         remat: Remat = "none",
+        unroll: int = 1,
     ) -> tuple[jax.Array, Any]:
         """As `hidden`, with a cache: a pytree of leaves [L, ...].
 
@@ -290,7 +295,7 @@ class Decoder(nnx.Module):
             block, layer_cache = block_and_cache
             return block(x, rotate, attend, layer_cache)
 
-        x_RTD, cache = jax.lax.scan(_rematerialised(layer, remat), x_RTD, (self.blocks, cache))
+        x_RTD, cache = jax.lax.scan(_rematerialised(layer, remat), x_RTD, (self.blocks, cache), unroll=unroll)
         return self.final_norm(x_RTD), cache
 
     def head_matrix(self) -> jax.Array:
@@ -384,13 +389,23 @@ def _normal(key: jax.Array, shape: tuple[int, ...], std: float, dtype: Any) -> j
 
 
 def _rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
-    if remat == "none":
-        return layer
     policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable
-    if remat == "dots":
-        attention = policies.save_only_these_names("attention")
-        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)
+    match remat:
+        case "none":
+            return layer
+        case "full":
+            policy = policies.nothing_saveable
+        case "dots":
+            policy = policies.save_only_these_names(PRODUCT, "attention")
+        case "attention":
+            policy = policies.save_only_these_names("qkv", "attention")
+        case "offload":
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=["qkv", "attention"],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
     # Forward and backward are separate loops of a scan: the compiler cannot merge them, so no barrier is needed.
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
 

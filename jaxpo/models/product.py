@@ -11,8 +11,12 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxpo.models.kept import keep, kept_as_integers, restore
+
+# The name of what comes out, for policies that say what is kept.
+PRODUCT = "product"
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -28,14 +32,16 @@ def linear(x: jax.Array, kernel: jax.Array, num_input_axes: int) -> jax.Array:
     return y.reshape(*leading, *outputs)
 
 
-@jax.custom_vjp
-def _product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    return contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype)
+def _named_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+    return checkpoint_name(contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype), PRODUCT)
+
+
+_product = jax.custom_vjp(_named_product)
 
 
 def _forward(x_NI: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # A CPU multiplies in bfloat16 by rows of the left side only, which is x's other side when weights get gradients.
-    return _product(x_NI, kernel_IO), (keep(x_NI.T) if kept_as_integers(x_NI) else x_NI, kernel_IO)
+    return _named_product(x_NI, kernel_IO), (keep(x_NI.T) if kept_as_integers(x_NI) else x_NI, kernel_IO)
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], d_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:

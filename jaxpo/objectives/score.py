@@ -43,10 +43,10 @@ def as_it_is(value: Any) -> Any:
 class Scorer:
     """The numerics of a forward pass.
 
-    compute_dtype: of matrix products. remat: see `ModelConfig`. chunk: scored tokens of a row that meet the head at
-    once. statistics: what to compute besides log-prob sums. attention: which implementation of it. constrain: keeps
-    [R, ...] activations sharded over the mesh's batch axes. gather: brings together first what the forward pass needs
-    whole. spread: makes of an attention one that runs on each device by itself, on its rows and heads.
+    compute_dtype: of matrix products. remat, unroll: see `ModelConfig`. chunk: scored tokens of a row that meet the
+    head at once. statistics: what to compute besides log-prob sums. attention: which implementation of it. constrain:
+    keeps [R, ...] activations sharded over the mesh's batch axes. gather: brings together first what the forward pass
+    needs whole. spread: makes of an attention one that runs on each device by itself, on its rows and heads.
     """
 
     compute_dtype: str
@@ -54,6 +54,7 @@ class Scorer:
     chunk: int
     statistics: frozenset[Statistic] = frozenset()
     attention: Implementation = "dense"
+    unroll: int = 1
     constrain: Callable[[jax.Array], jax.Array] = as_it_is
     gather: Callable[[Decoder], Decoder] = as_it_is
     spread: Callable[[Attention], Attention] = as_it_is
@@ -72,7 +73,12 @@ class Scorer:
             return self.constrain(attention(q, k, v, context, decoder.config.window))
 
         hidden_RTD, _ = decoder.hidden(
-            batch.tokens, batch.positions, attend, compute_dtype=jnp.dtype(self.compute_dtype), remat=self.remat
+            batch.tokens,
+            batch.positions,
+            attend,
+            compute_dtype=jnp.dtype(self.compute_dtype),
+            remat=self.remat,
+            unroll=self.unroll,
         )
         hidden_RTD = self.constrain(hidden_RTD)
         nothing_RXB = jnp.zeros((R, X, B), jnp.float32)

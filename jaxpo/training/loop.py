@@ -78,6 +78,18 @@ class Progress:
             "padding_fraction": self.padding,
         }
 
+    def count(self, step: Step, seconds: float, flops: float | None) -> None:
+        """Count a step that took so many seconds; flops: of its useful arithmetic, None for one that compiled."""
+        tokens, places = count_places(step.batch)
+        self.examples += len(step.examples)
+        self.tokens += tokens
+        self.places += places
+        if flops is not None:
+            self.steady_seconds += seconds
+            self.steady_examples += len(step.examples)
+            self.steady_tokens += tokens
+            self.steady_flops += flops
+
     def after(self, earlier: "Progress") -> "Progress":
         """The progress of an earlier process, with this one's seconds added."""
         stages = self.seconds.keys() | earlier.seconds.keys()
@@ -87,6 +99,24 @@ class Progress:
     @property
     def padding(self) -> float | None:
         return 1.0 - self.tokens / self.places if self.places else None
+
+
+class Clock:
+    """The time between steps. What of it went into no stage of `progress` went into training."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self.start()
+
+    def start(self) -> None:
+        self._since, self._told = time.perf_counter(), sum(self._progress.seconds.values())
+
+    def lap(self) -> float:
+        """Seconds since the last lap or start."""
+        seconds = time.perf_counter() - self._since
+        self._progress.add("train", seconds - (sum(self._progress.seconds.values()) - self._told))
+        self.start()
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -127,6 +157,15 @@ class Loop:
         best = self.config.best_metric is not None and self.evaluates_at(n)
         return n > 0 and (n == self.num_steps or best or (every is not None and n % every == 0))
 
+    def logs_at(self, n: int) -> bool:
+        return n % self.log_every == 0 or n == self.num_steps
+
+    def pauses_at(self, n: int) -> bool:
+        """Whether the step after n has to wait for what comes of step n."""
+        may_stop = self.control.max_kl is not None and self.logs_at(n)
+        last = n == self.num_steps
+        return last or may_stop or self.evaluates_at(n) or self.saves_at(n) or self.syncs_after(n)
+
     def syncs_after(self, n: int) -> bool:
         return self.sync is not None and self.sync.due(n) and n < self.num_steps
 
@@ -143,13 +182,21 @@ class Ended(NamedTuple):
     stopped: Stop | None
 
 
+class OpenStep(NamedTuple):
+    """A step that the devices were given and that was not looked at since."""
+
+    n: int
+    step: Step
+    result: StepResult
+
+
 def train(loop: Loop, state: TrainState, reference: Reference, first: int, progress: Progress) -> Ended:
     """Run steps first + 1 to num_steps, or to where the run's control of itself ends it.
 
     After each step, in this order: its line is logged, it is evaluated, saved, and the reference moves; each where it
-    is due. A step's result is looked at while the next one runs, so the device never waits for the host. Raises
-    UserError at a step whose loss, gradient or update is not finite, and SystemExit after a checkpoint when SIGTERM
-    asks for it.
+    is due. A step is looked at, and its line written, while the next one runs, so the device never waits for the host;
+    unless something is to happen between the two. Raises UserError at a step whose loss, gradient or update is not
+    finite, and SystemExit after a checkpoint when SIGTERM asks for it.
     """
     watch = Watch(loop.control)
     for known in loop.records:
@@ -161,72 +208,68 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
         watch.see(first, line)
     if first == loop.num_steps or watch.stop is not None:
         return ended(loop, state, first, watch)
-    open_steps: list[tuple[int, Step, StepResult]] = []
+    open_steps: list[OpenStep] = []
     window: list[Metrics] = []
     batches: Iterator[Step] = iter(())
     n = first
-    since = time.perf_counter()
-
-    def settle(keep: int) -> None:
-        while len(open_steps) > keep:
-            n, step, result = open_steps.pop(0)
-            check_finite(loop, n, step, result)
+    clock = Clock(progress)
 
     with stop_signal() as stop, console.progress("training", loop.num_steps, "step", completed=first) as bar:
+
+        def settle() -> tuple[int, Record]:
+            """Look at the first open step: its number, and its line if it has one."""
+            n, step, result = open_steps.pop(0)
+            check_finite(loop, n, step, result)
+            progress.count(step, clock.lap(), loop.flops(step.batch) if n > first + 1 else None)
+            window.append(result.metrics)
+            line: Record = {}
+            if loop.logs_at(n):
+                with progress.timed("log"):
+                    merge(progress, window)
+                    window.clear()
+                    line = training_record(loop, n, result, progress)
+                    progress.window.clear()
+                    bar.describe(f"loss {line['loss']:.4f}" if line["loss"] is not None else "")
+                    watch.see(n, line)
+            return n, line
+
         for n in range(first + 1, loop.num_steps + 1):
             if loop.syncs_after(n - 1):
                 reference = move(loop, state, reference, n - 1, progress)
-                since = time.perf_counter()
+                clock.start()
             if n == first + 1 or loop.syncs_after(n - 1):
                 # Batches are made ahead of time: these end where the reference moves, so that none is made too early.
                 batches = loop.batches(n - 1, loop.window_end(n - 1), reference.train)
-            asked = time.perf_counter()
-            step = next(batches)
-            waited = time.perf_counter() - asked
+            with progress.timed("wait"):
+                step = next(batches)
             with jax.transfer_guard("disallow"):
                 state, result = loop.step(state, loop.put(step.batch))
-            open_steps.append((n, step, result))
-            window.append(result.metrics)
-            tokens, places = count_places(step.batch)
-            progress.examples += len(step.examples)
-            progress.tokens += tokens
-            progress.places += places
-            warm = n > first + 1
-            settle(keep=1 if warm else 0)
+            open_steps.append(OpenStep(n, step, result))
             bar.advance()
-            terminating = stop.is_set()
-            logging = n % loop.log_every == 0 or n == loop.num_steps
-            pausing = logging or terminating or loop.evaluates_at(n) or loop.saves_at(n) or loop.syncs_after(n)
-            if pausing:
-                settle(keep=0)
-            now = time.perf_counter()
-            progress.add("wait", waited)
-            progress.add("train", now - since - waited)
-            if warm:
-                progress.steady_seconds += now - since
-                progress.steady_examples += len(step.examples)
-                progress.steady_tokens += tokens
-                progress.steady_flops += loop.flops(step.batch)
-            since = now
-            if not pausing:
-                continue
             line: Record = {}
+            # What the first step compiles is no time of the second.
+            while len(open_steps) > (n > first + 1):
+                before, line = settle()
+                if before < n:
+                    write(loop, before, line, progress)
+            terminating = stop.is_set()
+            if not (terminating or loop.pauses_at(n)):
+                if not open_steps:
+                    write(loop, n, line, progress)
+                continue
+            if open_steps:
+                _, line = settle()
             with progress.timed("log"):
+                # The window may be open still: a checkpoint holds it, for the run that goes on from there.
                 merge(progress, window)
                 window.clear()
-                if logging:
-                    line |= training_record(loop, n, state, result, progress)
-                    bar.describe(f"loss {line['loss']:.4f}" if line["loss"] is not None else "")
-                    progress.window.clear()
-                    watch.see(n, line)
             # Whoever sent SIGTERM may not wait for an evaluation; a resumed run makes up for it.
             if (loop.evaluates_at(n) or (watch.stop and loop.evaluate)) and not terminating:
                 held_out = evaluate(loop, state, progress)
                 watch.see(n, held_out)
                 line |= held_out
                 terminating = stop.is_set()
-            with progress.timed("log"):
-                record(loop, n, line)
+            write(loop, n, line, progress)
             if loop.saves_at(n) or terminating or watch.stop is not None:
                 with progress.timed("checkpoint"):
                     held = checkpointed(state, reference if loop.sync is not None else None)
@@ -239,7 +282,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
                 raise SystemExit(TERMINATED)
             if watch.stop is not None:
                 break
-            since = time.perf_counter()
+            clock.start()
         with progress.timed("checkpoint"):
             loop.checkpoints.wait()
         if stop.is_set():
@@ -281,7 +324,7 @@ def open_window(progress: Progress) -> dict[str, Total]:
     return {name: Total(*pair) for name, pair in progress.window.items()}
 
 
-def training_record(loop: Loop, n: int, state: TrainState, result: StepResult, progress: Progress) -> Record:
+def training_record(loop: Loop, n: int, result: StepResult, progress: Progress) -> Record:
     """The line of a logged step: means since the last one, and the state of the run."""
     return {
         **means(open_window(progress)),
@@ -289,7 +332,7 @@ def training_record(loop: Loop, n: int, state: TrainState, result: StepResult, p
         "learning_rate": float(np.asarray(loop.learning_rate(n - 1))),
         "epoch": n / loop.steps_per_epoch,
         "num_tokens": progress.tokens,
-        **logged(loop.control, state.carry),
+        **logged(loop.control, result.carry),
         **speed(progress.rates(), loop.peak_flops),
     }
 
@@ -311,6 +354,11 @@ def evaluate(loop: Loop, state: TrainState, progress: Progress) -> Record:
         if metric is not None and metric not in line:
             raise UserError(f"{key} is {metric!r}; this run's evaluation gives {', '.join(sorted(line))}.")
     return line
+
+
+def write(loop: Loop, n: int, line: Record, progress: Progress) -> None:
+    with progress.timed("log"):
+        record(loop, n, line)
 
 
 def record(loop: Loop, n: int, line: Record) -> None:

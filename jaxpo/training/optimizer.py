@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpo.config import OptimizerConfig
+from jaxpo.config import Dtype, OptimizerConfig
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, map_params
+from jaxpo.training.low_precision import low_precision
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -39,11 +40,15 @@ def decays(config: DecoderConfig) -> Decoder:
 
 
 def make_optimizer(
-    config: OptimizerConfig, model: DecoderConfig, num_steps: int, max_grad_norm: float | None
+    config: OptimizerConfig,
+    model: DecoderConfig,
+    num_steps: int,
+    max_grad_norm: float | None,
+    dtype: Dtype = "float32",
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) after clipping by the global norm."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) after clipping by the global norm; dtype: of the weights."""
     b1, b2 = config.betas
-    adamw = optax.adamw(
+    optimizer = optax.adamw(
         learning_rate(config, num_steps),
         b1=b1,
         b2=b2,
@@ -51,7 +56,12 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=decays(model),
     )
-    return adamw if max_grad_norm is None else optax.chain(clip(max_grad_norm), adamw)
+    if max_grad_norm is not None:
+        optimizer = optax.chain(clip(max_grad_norm), optimizer)
+    state_dtype = config.state_dtype or dtype
+    if "bfloat16" in (dtype, state_dtype):
+        return low_precision(optimizer, state_dtype, config.rounding)
+    return optimizer
 
 
 def norm(tree: Any) -> jax.Array:

@@ -30,14 +30,15 @@ class TrainState(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Metrics as sums and weights, the norms of the gradient before clipping and of the update, and whether they and
-    the loss are finite.
+    """Metrics as sums and weights, the norms of the gradient before clipping and of the update, whether they and the
+    loss are finite, and what is carried on, which the next step takes from the state.
     """
 
     metrics: Metrics
     grad_norm: jax.Array
     update_norm: jax.Array
     finite: jax.Array
+    carry: Carry
 
 
 def initial_carry(objective: Objective, control: Control) -> dict[str, float]:
@@ -139,15 +140,14 @@ def make_train_step(
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, StepResult]:
         (loss, metrics), grads = gradients(state.decoder, batch, state.carry)
         grad_norm = norm(grads)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.decoder)
         params: Any = state.decoder
         updates, optimizer_state = optimizer.update(grads, state.optimizer, params)
         decoder: Any = optax.apply_updates(params, updates)
-        carry = {**control.next_carry(state.carry, metrics), **objective.next_carry(state.carry, metrics)}
+        carry = as_float32({**control.next_carry(state.carry, metrics), **objective.next_carry(state.carry, metrics)})
         update_norm = norm(updates)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-        result = StepResult(metrics, grad_norm, update_norm, finite)
-        return TrainState(state.step + 1, decoder, optimizer_state, as_float32(carry)), result
+        result = StepResult(metrics, grad_norm, update_norm, finite, carry)
+        return TrainState(state.step + 1, decoder, optimizer_state, carry), result
 
     return step
 

@@ -115,6 +115,8 @@ VALUES = [
     one("mesh.data=-1", "mesh leaves it to mesh.data and mesh.fsdp", "expected one -1 at most"),
     one("mesh.tensor=3", "mesh is data=1, fsdp=-1, tensor=3", "8 cpu device(s)", "product is 8"),
     one("mesh={data: 2, fsdp: 2, tensor: 1}", "mesh is data=2, fsdp=2, tensor=1", "product is 8"),
+    one("model.attention=splash", "model.attention splash cannot be used here", "runs on a tpu only", "Expected auto"),
+    one("model.attention=cudnn", "it runs on a gpu only, and the devices are of platform cpu", "which is blocked"),
     one("mesh.tensor=16", "mesh is data=1, fsdp=-1, tensor=16", "8 cpu device(s)"),
     one("export.checkpoint=best", "export.checkpoint is best but training.best_metric is not set"),
     one("reference.sync_steps=0", "reference.sync_steps is 0; expected an integer > 0 or null"),

@@ -21,7 +21,7 @@ from jaxpo.training.checkpoint import Checkpoints
 POINTS: dict[str, tuple[Any, str, str]] = {
     "config": (run, "write_dropped", "before"),
     "reference": (ReferenceTable, "write", "after"),
-    "step": (loop, "count_places", "before"),
+    "step": (loop, "OpenStep", "before"),
     "sync": (loop, "move", "after"),
     "checkpoint": (Checkpoints, "save", "after"),
     "evaluation": (evaluate, "total", "before"),

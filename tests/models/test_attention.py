@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any, get_args
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpo.config import ModelConfig
-from jaxpo.models.attention import Context, Implementation, choose, packed_attention
+from jaxpo.models.attention import Context, Implementation, choose, cudnn, packed_attention, splash, why_not
 from jaxpo.models.attention.context import visible
 from jaxpo.models.attention.interface import IMPLEMENTATIONS
 
@@ -17,7 +18,14 @@ POSITIONS = [[0, 1, 2, 3, 4, 3, 4, 0, 1, 2, 2, 3, 0, 0]]
 SHORT = Context(*map(jnp.asarray, (SEGMENTS, BRANCHES, POSITIONS)))
 N, K, H = 4, 2, 8
 
-every = pytest.mark.parametrize("implementation", get_args(Implementation))
+# All that run here: cuDNN needs a GPU.
+every = pytest.mark.parametrize("implementation", ["dense", "blocked", "splash"])
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TPU's kernel runs as plain JAX."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", partial(splash.attention, interpret=True))
 
 
 def rows(T: int, examples: list[list[tuple[int, ...]]]) -> Context:
@@ -181,4 +189,33 @@ def test_a_token_s_output_does_not_depend_on_where_it_lies(dtype: Any) -> None:
 def test_config_names_every_implementation() -> None:
     named = get_args(ModelConfig.__annotations__["attention"])
     assert set(named) == {"auto", *get_args(Implementation)} == {"auto", *IMPLEMENTATIONS}
-    assert choose("cpu") == "blocked"
+
+
+def test_each_platform_gets_its_own() -> None:
+    assert [choose(platform, "bfloat16", 128) for platform in ("cpu", "gpu", "tpu")] == ["blocked", "cudnn", "splash"]
+    assert [choose("gpu", "float32", 128), choose("gpu", "bfloat16", 100)] == ["blocked", "blocked"]
+    for platform in ("cpu", "gpu", "tpu"):
+        for dtype, size in (("float32", 64), ("bfloat16", 64), ("bfloat16", 256)):
+            assert why_not(choose(platform, dtype, size), platform, dtype, size) is None
+            assert why_not("dense", platform, dtype, size) is None
+    assert why_not("splash", "gpu", "bfloat16", 64) == "it runs on a tpu only, and the devices are of platform gpu"
+    assert "not float32 and heads of 64" in str(why_not("cudnn", "gpu", "float32", 64))
+
+
+def test_cudnn_gets_its_kernels_for_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered for a GPU without one; a length that is odd and a window."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91300)
+    context = LAYOUTS["many"]
+    q, k, v, d = heads(context, jnp.bfloat16)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, pull = jax.vjp(lambda q, k, v: cudnn.attention(q, k, v, context, 3), q, k, v)
+        assert out.shape == q.shape
+        return pull(d)
+
+    program = jax.jit(both).trace(q, k, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmhaScaleBiasSoftmax(") == 1
+    assert program.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert "while" not in program

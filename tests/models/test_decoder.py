@@ -14,7 +14,7 @@ from jaxpo.models.attention import Context, packed_attention
 from jaxpo.models.decoder import Decoder, Head, Remat, abstract_decoder, logical_axes
 from jaxpo.models.scratch import Scratch
 
-REMATS: tuple[Remat, ...] = ("none", "full", "dots")
+REMATS: tuple[Remat, ...] = ("none", "full", "dots", "attention", "offload")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 
 
@@ -118,7 +118,31 @@ def test_remat_changes_memory_not_gradients(model: Callable[..., Scratch]) -> No
     expected, *others = (jax.jit(jax.grad(partial(loss, remat=remat)))(decoder) for remat in REMATS)
     for gradient in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, gradient)
-    assert kept("full") < kept("dots") < kept("none")
+    assert kept("full") < kept("attention") < kept("dots") < kept("none")
+    assert kept("offload") == kept("attention")
+
+
+def test_offloading_keeps_nothing_on_the_device_but_the_layers_inputs(model: Callable[..., Scratch]) -> None:
+    decoder = model(num_hidden_layers=3).decoder
+    row = pack([A, B])
+    pull = jax.eval_shape(lambda d: jax.vjp(lambda d: hidden(d, row, "offload"), d)[1], decoder)
+    program = str(jax.make_jaxpr(lambda d: jax.vjp(lambda d: hidden(d, row, "offload"), d)[1])(decoder))
+    assert jax.tree.leaves(pull)
+    assert "pinned_host" in program or "<host>" in program
+
+
+@pytest.mark.parametrize("unroll", [2, 3])
+def test_unrolled_layers_are_the_same_layers(model: Callable[..., Scratch], unroll: int) -> None:
+    decoder = model(num_hidden_layers=3).decoder
+    row = pack([A, B])
+
+    def loss(decoder: Decoder, unroll: int) -> jax.Array:
+        attend = partial(packed_attention, context=Context(*map(jnp.asarray, row[1:])))
+        states, _ = decoder.hidden(jnp.asarray(row.tokens), jnp.asarray(row.positions), attend, unroll=unroll)
+        return jnp.sum(jnp.sin(states))
+
+    expected, found = (jax.jit(jax.grad(partial(loss, unroll=n)))(decoder) for n in (1, unroll))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), expected, found)
 
 
 def test_weights_are_cast_to_the_compute_dtype_and_logits_are_float32(model: Callable[..., Scratch]) -> None:

@@ -203,15 +203,15 @@ def test_models_of_two_shapes_are_not_averaged(configured: Configured, tiny: Pat
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """SIGTERM comes while the at-th step of the next run is computed."""
-    count_places, calls = loop.count_places, [0]
+    open_step, calls = loop.OpenStep, [0]
 
-    def counting(batch: Any) -> tuple[int, int]:
+    def counting(*fields: Any) -> loop.OpenStep:
         calls[0] += 1
         if calls[0] == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return count_places(batch)
+        return open_step(*fields)
 
-    monkeypatch.setattr(loop, "count_places", counting)
+    monkeypatch.setattr(loop, "OpenStep", counting)
 
 
 def learnt(line: dict[str, Any]) -> dict[str, Any]:

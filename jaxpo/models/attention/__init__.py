@@ -4,6 +4,6 @@ One function, `packed_attention`, and implementations of it that are checked aga
 what a kernel needs instead of them (a mask, tiles) is made inside.
 """
 
-from jaxpo.models.attention.interface import Attention, Context, Implementation, choose, packed_attention
+from jaxpo.models.attention.interface import Attention, Context, Implementation, choose, packed_attention, why_not
 
-__all__ = ["Attention", "Context", "Implementation", "choose", "packed_attention"]
+__all__ = ["Attention", "Context", "Implementation", "choose", "packed_attention", "why_not"]

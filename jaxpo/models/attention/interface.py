@@ -5,10 +5,10 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxpo.models.attention import blocked, dense
+from jaxpo.models.attention import blocked, cudnn, dense, splash
 from jaxpo.models.attention.context import Context
 
-Implementation = Literal["dense", "blocked"]
+Implementation = Literal["dense", "blocked", "splash", "cudnn"]
 
 
 class Attention(Protocol):
@@ -17,12 +17,30 @@ class Attention(Protocol):
     ) -> jax.Array: ...
 
 
-IMPLEMENTATIONS: dict[Implementation, Attention] = {"dense": dense.attention, "blocked": blocked.attention}
+IMPLEMENTATIONS: dict[Implementation, Attention] = {
+    "dense": dense.attention,
+    "blocked": blocked.attention,
+    "splash": splash.attention,
+    "cudnn": cudnn.attention,
+}
+# The platform that an implementation runs on; the others run anywhere.
+PLATFORMS: dict[Implementation, str] = {"splash": "tpu", "cudnn": "gpu"}
 
 
-def choose(platform: str) -> Implementation:
+def choose(platform: str, compute_dtype: str, head_dim: int) -> Implementation:
     """The fastest implementation on a platform."""
-    return "blocked"
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform == "gpu" and cudnn.supports(compute_dtype, head_dim) else "blocked"
+
+
+def why_not(implementation: Implementation, platform: str, compute_dtype: str, head_dim: int) -> str | None:
+    """Why an implementation cannot run there; None if it can."""
+    if (its_own := PLATFORMS.get(implementation, platform)) != platform:
+        return f"it runs on a {its_own} only, and the devices are of platform {platform}"
+    if implementation == "cudnn" and not cudnn.supports(compute_dtype, head_dim):
+        return f"it takes bfloat16 and heads of a multiple of 8 up to 128, not {compute_dtype} and heads of {head_dim}"
+    return None
 
 
 def packed_attention(

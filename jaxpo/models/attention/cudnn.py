@@ -1,0 +1,31 @@
+"""Attention on an NVIDIA GPU: the flash kernels of cuDNN, with what a token may see as a mask [T, T] over the row.
+
+They compute all tiles of a row, masked or not, and keep none of them.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxpo.models.attention.context import Context, visible
+
+
+def attention(
+    q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
+) -> jax.Array:
+    """See `packed_attention`. For bfloat16 and heads of a multiple of 8, up to 128 wide; see `supports`."""
+    T = q_RTNH.shape[1]
+
+    # The kernels take even lengths.
+    def filled(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, T % 2)] + [(0, 0)] * (x.ndim - 2))
+
+    q, k, v = map(filled, (q_RTNH, k_RTKH, v_RTKH))
+    context = Context(*map(filled, context))
+    places = jnp.arange(q.shape[1])
+    mask_R1TT = visible(context, places, context, places, window)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T]
+
+
+def supports(compute_dtype: str, head_dim: int) -> bool:
+    """Whether there is a kernel for heads of this size."""
+    return compute_dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128

@@ -1,0 +1,40 @@
+"""The train step as it is compiled for TPUs, which needs libtpu but no TPU.
+
+    pip install --target DIR --no-deps libtpu && JAXPO_LIBTPU=DIR pytest tests/training/test_tpu_program.py
+
+It is no part of the test environment: with it, every JAX process on the machine looks for a TPU first.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("tpu_program.py")
+LIBTPU = os.environ.get("JAXPO_LIBTPU")
+
+needs_libtpu = pytest.mark.skipif(LIBTPU is None, reason="JAXPO_LIBTPU names no folder with libtpu")
+
+
+def compiled(*arguments: Any) -> dict[str, Any]:
+    path = os.pathsep.join(filter(None, [LIBTPU, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("fsdp", "tensor"), [(4, 1), (2, 2), (1, 4)])
+def test_a_step_on_four_chips(fsdp: int, tensor: int) -> None:
+    found = compiled("v5e:2x2", fsdp, tensor)
+    assert found["attention"] == "splash"
+    # One kernel forward and two backward: what the forward pass made of the attention is kept, not made again.
+    assert found["kernels"] == 3
+    assert found["square"] == [], "no scores and no mask of numbers over a whole row"
+    assert found["logits"] == found["chunk"] * 4096 // tensor, "each chip has the logits of one chunk, of its own words"

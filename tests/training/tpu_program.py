@@ -1,0 +1,104 @@
+"""Compile a whole train step for TPUs, on a machine that has none, and print what is in it as JSON.
+
+python tpu_program.py TOPOLOGY FSDP TENSOR        (with libtpu on the path)
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from jaxpo.batch import DeviceBatch, Example
+from jaxpo.config import OptimizerConfig
+from jaxpo.data.pack import Packing, pack
+from jaxpo.models.attention import choose
+from jaxpo.models.decoder import DecoderConfig, Rotary, abstract_decoder
+from jaxpo.objectives import DPO
+from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.training.control import Control
+from jaxpo.training.mesh import AXES, Layout
+from jaxpo.training.optimizer import make_optimizer
+from jaxpo.training.step import TrainState, initial_carry, make_train_step
+
+ROW, VOCABULARY = 1024, 4096
+CONFIG = DecoderConfig(
+    vocab_size=VOCABULARY,
+    width=256,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    mlp_width=512,
+    mlp="gated",
+    activation="silu",
+    norm="rms",
+    norm_eps=1e-5,
+    positions=Rotary(10_000.0),
+    qkv_bias=False,
+    out_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    head="tied",
+)
+
+
+def main(topology: str, fsdp: int, tensor: int) -> None:
+    devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = Mesh(np.array(devices).reshape(-1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    layout = Layout(mesh)
+    packing = Packing(ROW, layout.batch_devices)
+    scorer = Scorer(
+        compute_dtype="bfloat16",
+        remat="attention",
+        chunk=head_chunk(ROW, 1, layout.platform),
+        attention=choose(layout.platform, "bfloat16", CONFIG.head_dim),
+        constrain=layout.constrain,
+        gather=layout.gather_embedding,
+        spread=layout.spread,
+    )
+    optimizer = make_optimizer(OptimizerConfig(state_dtype="bfloat16"), CONFIG, 10, 1.0)
+
+    def start(decoder: Any) -> TrainState:
+        carry = {name: jnp.float32(value) for name, value in initial_carry(DPO(), Control()).items()}
+        return TrainState(jnp.zeros((), jnp.int32), decoder, optimizer.init(decoder), carry)
+
+    state = layout.place(CONFIG, jax.eval_shape(start, abstract_decoder(CONFIG, "float32")))
+    tokens = np.ones(200, np.int32)
+    examples = [Example(str(n), tokens, (tokens, tokens)) for n in range(8)]
+    batch, _ = pack(examples, np.zeros((8, 1, 2), np.float32), packing)
+    fields: list[Any] = [
+        jax.ShapeDtypeStruct(
+            np.shape(field), np.asarray(field).dtype, sharding=layout.rows if np.ndim(field) > 1 else layout.replicated
+        )
+        for field in batch
+    ]
+    step = jax.jit(make_train_step(DPO(), scorer, optimizer, Control()), donate_argnums=0)
+    compiled = step.lower(state, DeviceBatch(*fields)).compile()
+    program = compiled.as_text() or ""
+    memory: Any = compiled.memory_analysis()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program)}
+    print(
+        json.dumps(
+            {
+                "attention": scorer.attention,
+                "chunk": scorer.chunk,
+                "kernels": program.count('custom_call_target="tpu_custom_call"'),
+                "square": [shape for shape in shapes if shape[-2:] == (ROW, ROW)],
+                "logits": max(
+                    [int(np.prod(s)) for s in shapes if s[-1] in (VOCABULARY, VOCABULARY // tensor) and len(s) > 1]
+                ),
+                "arguments": memory.argument_size_in_bytes,
+                "peak": memory.peak_memory_in_bytes,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
