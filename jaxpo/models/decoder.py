@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpo.models.kept import recomputed
-from jaxpo.models.product import PRODUCT, linear
+from jaxpo.models.product import PRODUCT, linears
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 CachedAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -122,8 +122,15 @@ class Linear(nnx.Module):
         self.num_input_axes = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = linear(x, self.kernel[...], self.num_input_axes)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        (y,) = together(x, self)
+        return y
+
+
+def together(x: jax.Array, *layers: Linear) -> list[jax.Array]:
+    """What each of the layers makes of the same x, which is kept once for the backward pass."""
+    ys = linears(x, [layer.kernel[...] for layer in layers], layers[0].num_input_axes)
+    biases = [layer.bias for layer in layers]
+    return [y if bias is None else y + bias[...].astype(x.dtype) for y, bias in zip(ys, biases, strict=True)]
 
 
 class RMSNorm(nnx.Module):
@@ -168,7 +175,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_RTD: jax.Array, rotate: Callable[[jax.Array], jax.Array], attend: CachedAttend, cache: Any
     ) -> tuple[jax.Array, Any]:
-        q_RTNH, k_RTKH, v_RTKH = self.query(x_RTD), self.key(x_RTD), self.value(x_RTD)
+        q_RTNH, k_RTKH, v_RTKH = together(x_RTD, self.query, self.key, self.value)
         if self.query_norm is not None and self.key_norm is not None:
             q_RTNH, k_RTKH = self.query_norm(q_RTNH), self.key_norm(k_RTKH)
         q_RTNH, k_RTKH, v_RTKH = (checkpoint_name(x, "qkv") for x in (rotate(q_RTNH), rotate(k_RTKH), v_RTKH))
@@ -189,7 +196,8 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
         activation = ACTIVATIONS[self.activation]
-        return self.down(recomputed(lambda gate, up: activation(gate) * up)(self.gate(x_RTD), self.up(x_RTD)))
+        gate_RTF, up_RTF = together(x_RTD, self.gate, self.up)
+        return self.down(recomputed(lambda gate, up: activation(gate) * up)(gate_RTF, up_RTF))
 
 
 class PlainMLP(nnx.Module):

@@ -6,7 +6,9 @@ element by element, which on a CPU costs as much as the product. And a CPU multi
 if asked for a float32 result.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +21,45 @@ from jaxpo.models.kept import keep, kept_as_integers, restore
 PRODUCT = "product"
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] times kernel [I, O]: [..., O] of x's dtype, summed in float32."""
-    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
-
-
 def linear(x: jax.Array, kernel: jax.Array, num_input_axes: int) -> jax.Array:
     """x [..., *inputs] times kernel [*inputs, *outputs]: [..., *outputs] of x's dtype, summed in float32."""
-    inputs, outputs = kernel.shape[:num_input_axes], kernel.shape[num_input_axes:]
-    leading = x.shape[: x.ndim - num_input_axes]
-    y = product(x.reshape(*leading, math.prod(inputs)), kernel.reshape(math.prod(inputs), math.prod(outputs)))
-    return y.reshape(*leading, *outputs)
+    return linears(x, [kernel], num_input_axes)[0]
 
 
-def _named_product(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-    return checkpoint_name(contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype), PRODUCT)
+def linears(x: jax.Array, kernels: Sequence[jax.Array], num_input_axes: int) -> list[jax.Array]:
+    """`linear` of the same x for each kernel. The backward pass keeps x once for them all."""
+    leading, inputs = x.shape[: x.ndim - num_input_axes], x.shape[x.ndim - num_input_axes :]
+    outputs = [kernel.shape[num_input_axes:] for kernel in kernels]
+    matrices = [k.reshape(math.prod(inputs), math.prod(out)) for k, out in zip(kernels, outputs, strict=True)]
+    ys = _products(x.reshape(math.prod(leading), math.prod(inputs)), matrices)
+    return [y.reshape(*leading, *out) for y, out in zip(ys, outputs, strict=True)]
 
 
-_product = jax.custom_vjp(_named_product)
+def _named_products(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> list[jax.Array]:
+    return [
+        checkpoint_name(contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype), PRODUCT)
+        for kernel_IO in kernels_IO
+    ]
 
 
-def _forward(x_NI: jax.Array, kernel_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+_products = jax.custom_vjp(_named_products)
+
+
+def _forward(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
     # A CPU multiplies in bfloat16 by rows of the left side only, which is x's other side when weights get gradients.
-    return _named_product(x_NI, kernel_IO), (keep(x_NI.T) if kept_as_integers(x_NI) else x_NI, kernel_IO)
+    return _named_products(x_NI, kernels_IO), (keep(x_NI.T) if kept_as_integers(x_NI) else x_NI, kernels_IO)
 
 
-def _backward(saved: tuple[jax.Array, jax.Array], d_y_NO: jax.Array) -> tuple[jax.Array, jax.Array]:
-    kept, kernel_IO = saved
-    d_x_NI = contract(d_y_NO, kernel_IO.astype(d_y_NO.dtype), 1, 1, d_y_NO.dtype)
-    if kept.dtype == d_y_NO.dtype:
-        return d_x_NI, contract(kept, d_y_NO, 0, 0, kernel_IO.dtype)
-    return d_x_NI, contract(restore(kept), d_y_NO, 1, 0, kernel_IO.dtype)
+def _backward(saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    kept, kernels_IO = saved
+    pairs = list(zip(d_ys_NO, kernels_IO, strict=True))
+    x_NI, axis = (kept, 0) if kept.dtype == d_ys_NO[0].dtype else (restore(kept), 1)
+    d_kernels_IO = [contract(x_NI, d_y_NO, axis, 0, kernel_IO.dtype) for d_y_NO, kernel_IO in pairs]
+    parts = [contract(d_y_NO, kernel_IO.astype(d_y_NO.dtype), 1, 1, d_y_NO.dtype) for d_y_NO, kernel_IO in pairs]
+    return functools.reduce(jnp.add, parts), d_kernels_IO
 
 
-_product.defvjp(_forward, _backward)
+_products.defvjp(_forward, _backward)
 
 
 def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpo.models.kept import keep, recomputed, restore
-from jaxpo.models.product import linear
+from jaxpo.models.product import linear, linears
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -45,6 +45,23 @@ def test_linear_against_float64(
     # The weights' own precision: what is rounded is the activations, not the sums.
     assert (value.dtype, d_x.dtype, d_kernel.dtype) == (jnp.dtype(dtype), jnp.dtype(dtype), jnp.float32)
     assert np.linalg.norm(np.asarray(d_kernel, np.float64) - pairs[2][1]) <= 1e-6 * np.linalg.norm(pairs[2][1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linears_are_each_a_linear_and_keep_their_input_once(dtype: str) -> None:
+    x, kernels = jnp.asarray(normal(0, 2, 7, 12), dtype), [jnp.asarray(normal(n, 12, 3 + n, 4)) for n in (1, 2, 3)]
+    slopes = [jnp.asarray(normal(n, 2, 7, 3 + n, 4), dtype) for n in (1, 2, 3)]
+    values, of_values = jax.vjp(lambda x, k: linears(x, k, 1), x, kernels)
+    found_x, found_kernels = of_values(slopes)
+    each = [jax.vjp(lambda x, k: linear(x, k, 1), x, kernel) for kernel in kernels]
+    parts = [of_value(slope) for (_, of_value), slope in zip(each, slopes, strict=True)]
+    for found, (wanted, _) in zip(values, each, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    for found, (_, wanted) in zip(found_kernels, parts, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(found_x, parts[0][0] + parts[1][0] + parts[2][0])
+    kept = [leaf for leaf in jax.tree.leaves(of_values) if np.size(leaf) == x.size]
+    assert len(kept) == 1
 
 
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
