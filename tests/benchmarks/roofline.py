@@ -1,0 +1,187 @@
+"""Where a step's pieces stand under the roofline of this machine: a picture, and the figures behind it as JSON.
+
+    python tests/benchmarks/roofline.py --png OUT.png [--json OUT.json] [--dtype float32] [--tokens 2304]
+
+The roof is what the machine can do, measured in the same run: the fastest matrix product, and the fastest way through
+memory. Each piece of a DPO step of SmolLM2-135M, forward and backward, stands at the arithmetic that it takes for each
+byte that it must read or write at least, and at the useful arithmetic that it does in a second.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpo import allocator, compiler
+from jaxpo.batch import Example
+from jaxpo.data.pack import Packing, pack
+from jaxpo.models.attention import Context, choose, packed_attention
+from jaxpo.models.product import linears
+from jaxpo.objectives.logprobs import token_scores
+from jaxpo.objectives.score import head_chunk
+
+WIDTH, HEADS, KV_HEADS, HEAD, MLP, LAYERS, VOCABULARY = 576, 9, 3, 64, 1536, 30, 49_152
+
+
+class Piece(NamedTuple):
+    """A part of a step: what is timed, how often a step does it, its arithmetic and the bytes it has to move, once."""
+
+    call: Callable[[], Any]
+    times: int
+    flops: float
+    bytes: float
+
+
+def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
+    """The shortest time of a call, compiled before."""
+    jax.block_until_ready(call())
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def gradients(function: Callable[..., jax.Array], *arguments: Any) -> Callable[[], Any]:
+    """Value and gradients of a function's sum, compiled."""
+    both = jax.jit(jax.value_and_grad(lambda *a: function(*a).astype(jnp.float32).sum(), tuple(range(len(arguments)))))
+    return lambda: both(*arguments)
+
+
+def normal(seed: int, *shape: int, dtype: Any) -> jax.Array:
+    return 0.02 * jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def products(N: int, dtype: Any, inputs: int, *outputs: int) -> Piece:
+    x, kernels = (
+        normal(0, N, inputs, dtype=dtype),
+        [normal(n, inputs, output, dtype=jnp.float32) for n, output in enumerate(outputs)],
+    )
+    size = jnp.dtype(dtype).itemsize
+    activations, weights = N * (inputs + sum(outputs)), inputs * sum(outputs)
+    call = gradients(lambda x, k: jnp.concatenate(linears(x, k, 1), -1), x, kernels)
+    # Forward reads x and the weights and writes y; backward reads x, the weights and y's gradient and writes two.
+    return Piece(call, LAYERS, 6.0 * N * weights, size * (2 * activations + N * inputs) + 4 * 3 * weights)
+
+
+def rows(tokens: int) -> Any:
+    """One row of pairs of HH-RLHF's lengths."""
+    random = np.random.default_rng(0)
+    examples: list[Example] = []
+    room = tokens
+    while True:
+        P = int(min(random.lognormal(4.75, 0.85), 600)) + 5
+        C = [int(min(random.lognormal(3.7, 0.8), 250)) + 3 for _ in range(2)]
+        room -= P + sum(C)
+        if room < 0:
+            return pack(examples, None, Packing(tokens, 1))[0]
+        examples.append(Example(str(len(examples)), np.ones(P, np.int32), tuple(np.ones(c, np.int32) for c in C)))
+
+
+def attention(batch: Any, dtype: Any) -> Piece:
+    N = batch.tokens.shape[-1]
+    context = Context(*(jnp.asarray(field[0]) for field in (batch.segments, batch.branches, batch.positions)))
+    q, k, v = (normal(n, 1, N, heads, HEAD, dtype=dtype) for n, heads in enumerate((HEADS, KV_HEADS, KV_HEADS)))
+    how = choose(jax.default_backend(), str(jnp.dtype(dtype)), HEAD)
+    seen = np.where(batch.segments > 0, batch.positions.astype(np.int64) + 1, 0).sum()
+    moved = N * HEAD * (4 * HEADS + 6 * KV_HEADS)
+    call = gradients(lambda q, k, v: packed_attention(q, k, v, context, None, how), q, k, v)
+    return Piece(call, LAYERS, 12.0 * seen * HEADS * HEAD, jnp.dtype(dtype).itemsize * moved)
+
+
+def head(batch: Any, dtype: Any) -> Piece:
+    used, N = int(batch.lengths.sum()), batch.tokens.shape[-1]
+    chunk = head_chunk(N, 1, jax.default_backend())
+    S = -(-N // chunk) * chunk
+    hidden, matrix = normal(0, 1, S, WIDTH, dtype=dtype), normal(1, VOCABULARY, WIDTH, dtype=jnp.float32)
+    labels = jnp.ones((1, S), jnp.int32)
+
+    def logps(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
+        return token_scores(hidden, matrix.astype(dtype), labels, jnp.int32(used), chunk).logps
+
+    moved = 4 * 3 * VOCABULARY * WIDTH + jnp.dtype(dtype).itemsize * 3 * used * WIDTH
+    return Piece(gradients(logps, hidden, matrix), 1, 6.0 * used * WIDTH * VOCABULARY, moved)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--png", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=2304, help="tokens of a row")
+    arguments = parser.parse_args()
+    allocator.start_again_with_huge_pages()
+    compiler.set_up(arguments.dtype)
+    N, dtype = arguments.tokens, jnp.dtype(arguments.dtype)
+    batch = rows(N)
+    square, line = jnp.ones((2048, 2048), dtype), jnp.ones(1 << 26, jnp.float32)
+    multiply, add = jax.jit(lambda a: a @ a), jax.jit(lambda a: a + 1)
+    peak = 2 * 2048**3 / seconds(lambda: multiply(square))
+    bandwidth = 8 * line.size / seconds(lambda: add(line))
+    pieces = {
+        "q, k, v": products(N, dtype, WIDTH, WIDTH, KV_HEADS * HEAD, KV_HEADS * HEAD),
+        "attention": attention(batch, dtype),
+        "out": products(N, dtype, WIDTH, WIDTH),
+        "gate, up": products(N, dtype, WIDTH, MLP, MLP),
+        "down": products(N, dtype, MLP, WIDTH),
+        "head": head(batch, dtype),
+    }
+    report: dict[str, Any] = {"peak_flops": peak, "bytes_per_s": bandwidth, "dtype": arguments.dtype, "tokens": N}
+    for name, piece in pieces.items():
+        took = seconds(piece.call)
+        report[name] = {
+            "seconds_per_step": took * piece.times,
+            "flops_per_s": piece.flops / took,
+            "flops_per_byte": piece.flops / piece.bytes,
+            "of_the_roof": piece.flops / took / min(peak, bandwidth * piece.flops / piece.bytes),
+        }
+        print(name, {key: round(value, 3) for key, value in report[name].items()})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    draw(report, list(pieces), arguments.png)
+
+
+def draw(report: dict[str, Any], names: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    peak, bandwidth = report["peak_flops"] / 1e9, report["bytes_per_s"] / 1e9
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    x = np.geomspace(1, 3000, 200)
+    axes.loglog(x, np.minimum(peak, bandwidth * x), color="0.3")
+    axes.annotate(
+        f"{peak:.0f} GFLOP/s", (3000, peak), ha="right", va="bottom", xytext=(0, 3), textcoords="offset points"
+    )
+    axes.annotate(
+        f"{bandwidth:.0f} GB/s", (2, 2 * bandwidth), ha="left", va="top", xytext=(6, 0), textcoords="offset points"
+    )
+    longest = max(report[name]["seconds_per_step"] for name in names)
+    for name in names:
+        one = report[name]
+        at = (one["flops_per_byte"], one["flops_per_s"] / 1e9)
+        axes.scatter(*at, s=30 + 400 * one["seconds_per_step"] / longest, alpha=0.5, edgecolors="none")
+        label = f"{name}\n{100 * one['of_the_roof']:.0f} %, {one['seconds_per_step']:.2f} s"
+        axes.annotate(label, at, xytext=(0, -14), textcoords="offset points", ha="center", va="top", fontsize=8)
+    axes.set_xlabel("useful arithmetic for each byte that must be moved (FLOP / byte)")
+    axes.set_ylabel("useful GFLOP/s")
+    axes.set_ylim(bottom=peak / 60)
+    axes.set_title(
+        f"SmolLM2-135M, DPO, a row of {report['tokens']} tokens, {report['dtype']}: share of the roof, seconds a step",
+        fontsize=9,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
