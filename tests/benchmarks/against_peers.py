@@ -7,8 +7,9 @@ and Tunix 0.1.7 by the scripts in ../shared/peers. Repeats alternate between the
 ceiling is the fastest matrix product measured in the same run, by jax or by torch, in the same dtype.
 
 pairs_per_s is of steady training: jaxpo's is of a third epoch, for every length of rows is compiled in the first, the
-next batch's while one is computed; Tunix's leaves out its first step; TRL compiles nothing and its counts all. jaxpo reads its reference from a table,
-which costs one forward pass before the first epoch: pairs_per_s_with_table has it within, as if one epoch were all.
+next batch's while one is computed; Tunix's leaves out its first step; TRL compiles nothing and its counts all. jaxpo
+reads its reference from a table, which costs one forward pass before the first epoch: pairs_per_s_with_table has it
+within, as if one epoch were all.
 """
 
 import argparse
