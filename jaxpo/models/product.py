@@ -21,13 +21,11 @@ from jaxpo.models.kept import keep, kept_as_integers, restore
 PRODUCT = "product"
 
 
-def linear(x: jax.Array, kernel: jax.Array, num_input_axes: int) -> jax.Array:
-    """x [..., *inputs] times kernel [*inputs, *outputs]: [..., *outputs] of x's dtype, summed in float32."""
-    return linears(x, [kernel], num_input_axes)[0]
-
-
 def linears(x: jax.Array, kernels: Sequence[jax.Array], num_input_axes: int) -> list[jax.Array]:
-    """`linear` of the same x for each kernel. The backward pass keeps x once for them all."""
+    """x [..., *inputs] times each kernel [*inputs, *outputs]: [..., *outputs] of x's dtype, summed in float32.
+
+    The backward pass keeps x once for them all.
+    """
     leading, inputs = x.shape[: x.ndim - num_input_axes], x.shape[x.ndim - num_input_axes :]
     outputs = [kernel.shape[num_input_axes:] for kernel in kernels]
     matrices = [k.reshape(math.prod(inputs), math.prod(out)) for k, out in zip(kernels, outputs, strict=True)]

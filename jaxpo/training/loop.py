@@ -203,7 +203,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
         watch.see(int(known["step"] or 0), known)
     if (loop.evaluates_at(first) or (watch.stop and loop.evaluate)) and not is_evaluated(loop.records, first):
         line = evaluate(loop, state, progress)
-        record(loop, first, line)
+        record(loop, first, line, progress)
         loop.checkpoints.rank(first, line)
         watch.see(first, line)
     if first == loop.num_steps or watch.stop is not None:
@@ -251,11 +251,11 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
             while len(open_steps) > (n > first + 1):
                 before, line = settle()
                 if before < n:
-                    write(loop, before, line, progress)
+                    record(loop, before, line, progress)
             terminating = stop.is_set()
             if not (terminating or loop.pauses_at(n)):
                 if not open_steps:
-                    write(loop, n, line, progress)
+                    record(loop, n, line, progress)
                 continue
             if open_steps:
                 _, line = settle()
@@ -269,7 +269,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
                 watch.see(n, held_out)
                 line |= held_out
                 terminating = stop.is_set()
-            write(loop, n, line, progress)
+            record(loop, n, line, progress)
             if loop.saves_at(n) or terminating or watch.stop is not None:
                 with progress.timed("checkpoint"):
                     held = checkpointed(state, reference if loop.sync is not None else None)
@@ -356,15 +356,11 @@ def evaluate(loop: Loop, state: TrainState, progress: Progress) -> Record:
     return line
 
 
-def write(loop: Loop, n: int, line: Record, progress: Progress) -> None:
+def record(loop: Loop, n: int, line: Record, progress: Progress) -> None:
     with progress.timed("log"):
-        record(loop, n, line)
-
-
-def record(loop: Loop, n: int, line: Record) -> None:
-    if line:
-        for sink in loop.sinks:
-            sink.write(n, line)
+        if line:
+            for sink in loop.sinks:
+                sink.write(n, line)
 
 
 def check_finite(loop: Loop, n: int, step: Step, result: StepResult) -> None:

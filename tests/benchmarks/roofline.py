@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from accelerator import examples_of
 
 from jaxpo import allocator, compiler
-from jaxpo.batch import Example
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.attention import Context, choose, packed_attention
 from jaxpo.models.product import linears
@@ -80,16 +80,7 @@ def products(N: int, dtype: Any, inputs: int, *outputs: int) -> Piece:
 
 def rows(tokens: int) -> Any:
     """One row of pairs of HH-RLHF's lengths."""
-    random = np.random.default_rng(0)
-    examples: list[Example] = []
-    room = tokens
-    while True:
-        P = int(min(random.lognormal(4.75, 0.85), 600)) + 5
-        C = [int(min(random.lognormal(3.7, 0.8), 250)) + 3 for _ in range(2)]
-        room -= P + sum(C)
-        if room < 0:
-            return pack(examples, None, Packing(tokens, 1))[0]
-        examples.append(Example(str(len(examples)), np.ones(P, np.int32), tuple(np.ones(c, np.int32) for c in C)))
+    return pack(examples_of(tokens, None, VOCABULARY), None, Packing(tokens, 1))[0]
 
 
 def attention(batch: Any, dtype: Any) -> Piece:

@@ -9,29 +9,9 @@ import optax
 import pytest
 
 from jaxpo.config import OptimizerConfig
-from jaxpo.models.decoder import Decoder, DecoderConfig, Learned
+from jaxpo.models.decoder import Decoder
 from jaxpo.training.low_precision import LowPrecisionState, low_precision, stochastically_rounded
 from jaxpo.training.optimizer import make_optimizer
-
-CONFIG = DecoderConfig(
-    vocab_size=11,
-    width=4,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=2,
-    mlp_width=8,
-    mlp="plain",
-    activation="gelu",
-    norm="layer",
-    norm_eps=1e-5,
-    positions=Learned(8),
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    qk_norm=False,
-    head="own",
-)
 
 
 def test_rounding_takes_the_neighbours_as_often_as_they_are_near() -> None:
@@ -94,9 +74,9 @@ def test_moments_alone_may_be_bfloat16() -> None:
 
 @pytest.mark.parametrize("state_dtype", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_state_has_the_dtype_that_was_asked_for(dtype: Any, state_dtype: Any) -> None:
-    decoder: Any = Decoder(CONFIG, jax.random.key(0), dtype)
-    optimizer = make_optimizer(OptimizerConfig(state_dtype=state_dtype), CONFIG, 10, 1.0, dtype)
+def test_the_state_has_the_dtype_that_was_asked_for(dtype: Any, state_dtype: Any, small_decoder: Decoder) -> None:
+    decoder: Any = jax.tree.map(lambda p: jnp.asarray(p, dtype), small_decoder)
+    optimizer = make_optimizer(OptimizerConfig(state_dtype=state_dtype), small_decoder.config, 10, 1.0, dtype)
     state = optimizer.init(decoder)
     grads = jax.tree.map(lambda p: jnp.full(p.shape, 0.01, jnp.float32), decoder)
     updates, after = optimizer.update(grads, state, decoder)

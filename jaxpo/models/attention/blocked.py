@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpo.models.attention.context import Context, Ranges, changes, ranges
+from jaxpo.models.attention.context import Context, Ranges, changes, filled, ranges
 from jaxpo.models.kept import keep, restore
 
 TILE = 128
@@ -36,11 +36,8 @@ def attention(
     tile = min(T, TILE)
 
     # The last tile of a row may begin at its last token.
-    def filled(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, tile)] + [(0, 0)] * (x.ndim - 2))
-
-    q, k, v = map(filled, (q_RTNH, k_RTKH, v_RTKH))
-    context = Context(*map(filled, context))
+    q, k, v = (filled(x, tile) for x in (q_RTNH, k_RTKH, v_RTKH))
+    context = Context(*(filled(field, tile) for field in context))
     out: Any = _attention(tile, q, k, v, context.segments, ranges(context, window))
     return out[:, :T]
 

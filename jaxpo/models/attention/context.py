@@ -21,6 +21,11 @@ class Context(NamedTuple):
     positions: jax.Array
 
 
+def filled(x: jax.Array, tokens: int) -> jax.Array:
+    """x [R, T, ...] with so many tokens more, of zeros: in a context, of padding."""
+    return jnp.pad(x, [(0, 0), (0, tokens)] + [(0, 0)] * (x.ndim - 2))
+
+
 def visible(queries: Context, query_places: jax.Array, keys: Context, key_places: jax.Array, window: int | None):
     """Which keys a query may read: bool [..., Q, K], of fields [..., Q] and [..., K] and their places in the row.
 

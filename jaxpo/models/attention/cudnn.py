@@ -6,7 +6,7 @@ They compute all tiles of a row, masked or not, and keep none of them.
 import jax
 import jax.numpy as jnp
 
-from jaxpo.models.attention.context import Context, visible
+from jaxpo.models.attention.context import Context, filled, visible
 
 
 def attention(
@@ -14,13 +14,9 @@ def attention(
 ) -> jax.Array:
     """See `packed_attention`. For bfloat16 and heads of a multiple of 8, up to 128 wide; see `supports`."""
     T = q_RTNH.shape[1]
-
     # The kernels take even lengths.
-    def filled(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, T % 2)] + [(0, 0)] * (x.ndim - 2))
-
-    q, k, v = map(filled, (q_RTNH, k_RTKH, v_RTKH))
-    context = Context(*map(filled, context))
+    q, k, v = (filled(x, T % 2) for x in (q_RTNH, k_RTKH, v_RTKH))
+    context = Context(*(filled(field, T % 2) for field in context))
     places = jnp.arange(q.shape[1])
     mask_R1TT = visible(context, places, context, places, window)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-from jaxpo.models.attention.context import Context, visible
+from jaxpo.models.attention.context import Context, filled, visible
 
 # Heads are filled up to the width of a TPU's vector registers, rows to whole tiles.
 LANES = 128
@@ -33,8 +33,8 @@ def attention(
     T_filled = -(-T // LANES) * LANES
 
     def heads_first(x: jax.Array) -> jax.Array:
-        filled = jnp.pad(x, [(0, 0), (0, T_filled - T), (0, 0), (0, -H % LANES)])
-        return filled.swapaxes(1, 2)
+        wide = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, -H % LANES)])
+        return filled(wide, T_filled - T).swapaxes(1, 2)
 
     # The mask is made again for the backward pass: kept for each layer, it would take more than the activations.
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("attention"))
@@ -54,10 +54,10 @@ def attention(
         return out
 
     # A place that fills a row up is padding, and a segment of its own.
-    filled = Context(*(jnp.pad(field, [(0, 0), (0, T_filled - T)]) for field in context))
+    context = Context(*(filled(field, T_filled - T) for field in context))
     # The kernel does not scale scores.
     q_RNTH = heads_first((q_RTNH.astype(jnp.float32) * H**-0.5).astype(q_RTNH.dtype))
-    out_RNTH = lax.map(of_row, (q_RNTH, heads_first(k_RTKH), heads_first(v_RTKH), filled))
+    out_RNTH = lax.map(of_row, (q_RNTH, heads_first(k_RTKH), heads_first(v_RTKH), context))
     return out_RNTH.swapaxes(1, 2)[:, :T, :, :H]
 
 
