@@ -68,3 +68,9 @@ class Commands:
 
     interrupted: Command
     undisturbed: Command
+
+
+def command(tiny: Path, folder: Path, *changes: str) -> Command:
+    """The command with places of its own under `folder`; changes: of the config, as on the command line."""
+    places = (f"output_dir={folder}/run", f"reference.cache_dir={folder}/reference")
+    return Command(folder, (str(tiny / "dpo.yaml"), *places, *changes))

@@ -3,12 +3,7 @@ import random
 from pathlib import Path
 
 import pytest
-from command import Command, Commands
-
-
-def command(tiny: Path, folder: Path, *changes: str) -> Command:
-    places = (f"output_dir={folder}/run", f"reference.cache_dir={folder}/reference")
-    return Command(folder, (str(tiny / "dpo.yaml"), *places, *changes))
+from command import Command, Commands, command
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from command import Command, Commands
+import pytest
+from command import Command, Commands, command
 
 
 def records(out: Path) -> list[dict[str, Any]]:
@@ -86,3 +87,16 @@ def test_sigterm_saves_and_exits_143(interrupted: Command, whole: Path):
     assert saved < 6
     assert f"going on from step {saved} of 6" in interrupted.run()
     assert_the_same(interrupted.out, whole)
+
+
+def test_a_second_start_compiles_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    compiled = tmp_path / "compiled"
+    monkeypatch.setattr("command.COMPILED", compiled)
+
+    def programs_after(folder: str) -> set[str]:
+        command(tiny, tmp_path / folder, "training.max_steps=1").run()
+        return {path.name for path in compiled.glob("*-cache")}
+
+    first = programs_after("first")
+    assert any(name.startswith("jit_step-") for name in first)
+    assert programs_after("second") == first
