@@ -173,7 +173,7 @@ def draw(report: dict[str, Any], names: list[str], path: Path) -> None:
         axes.scatter(*at, s=size, alpha=0.6, edgecolors="none", label=label)
     axes.set_xlabel("useful arithmetic for each byte that must be moved (FLOP / byte)")
     axes.set_ylabel("useful GFLOP/s")
-    axes.set_ylim(bottom=peak / 60)
+    axes.set_ylim(peak / 60, 1.7 * peak)
     axes.set_title(
         f"SmolLM2-135M, DPO, a row of {report['tokens']} tokens, {report['dtype']}: share of the roof, seconds a step",
         fontsize=9,
