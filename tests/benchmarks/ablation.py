@@ -2,9 +2,10 @@
 
     python tests/benchmarks/ablation.py --json OUT.json [--dtype float32] [--batch 8] [--repeats 3]
 
-The time is that of a DPO step's loss and gradient of SmolLM2-135M, without the optimizer. Repeats go round the
-variants, and medians are compared. Each variant's loss and gradient norm stand beside its time: a technique changes
-neither. What is of a process, as XLA's choice of kernels, runs in one of its own.
+The time is that of a DPO step's loss and gradient of SmolLM2-135M, without the optimizer. A machine's speed drifts by
+more than some techniques give, so that the whole fast path is timed right before each variant, and the median of such
+pairs' ratios is reported. Each variant's loss and gradient norm stand beside its time: a technique changes neither.
+What is of a process, as XLA's choice of kernels, is compared between processes of their own.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +68,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--variants", type=json.loads, default=[*VARIANTS, *ENVIRONMENTS], help="a JSON list of names")
+    parser.add_argument(
+        "--variants", type=json.loads, default=[*VARIANTS, *ENVIRONMENTS], help='a JSON list of names, "all" among them'
+    )
     arguments = parser.parse_args()
     allocator.start_again_with_huge_pages()
     if not DATA.exists() or not (MODEL / "model.safetensors").exists():
@@ -74,14 +78,13 @@ def main() -> None:
     report = measured(arguments)
     for name, environment in ENVIRONMENTS.items():
         if name in arguments.variants:
+            usual = in_a_process_of_its_own(arguments, {})
             report[name] = in_a_process_of_its_own(arguments, environment)
-    if "all" in report:
-        for one in report.values():
-            one["slower"] = one["seconds"] / report["all"]["seconds"]
+            report[name]["slower"] = report[name]["seconds"] / usual["seconds"]
     arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"{'':40} seconds  slower  {'loss':>10} {'grad_norm':>10} places")
     for name, one in report.items():
-        figures = f"{one['seconds']:7.2f} {one.get('slower', 1):6.2f}x {one['loss']:11.6f} {one['grad_norm']:10.4f}"
+        figures = f"{one['seconds']:7.2f} {one['slower']:6.2f}x {one['loss']:11.6f} {one['grad_norm']:10.4f}"
         print(f"{name:40} {figures} {one['places']:6}")
 
 
@@ -132,16 +135,23 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             for name in arguments.variants
             if name in VARIANTS
         }
-    report: dict[str, Any] = {name: {**facts, "times": []} for name, (_, facts) in steps.items()}
+    report: dict[str, Any] = {name: {**facts, "times": [], "beside": []} for name, (_, facts) in steps.items()}
     for _ in range(arguments.repeats):
         for name, (step, _) in steps.items():
-            start = time.perf_counter()
-            step()
-            report[name]["times"].append(time.perf_counter() - start)
-            print(f"{name}: {report[name]['times'][-1]:.2f} s", file=sys.stderr)
+            beside, seconds = seconds_of(steps["all"][0]), seconds_of(step)
+            report[name]["beside"].append(beside)
+            report[name]["times"].append(seconds)
+            print(f"{name}: {seconds:.2f} s beside {beside:.2f} s", file=sys.stderr)
     for one in report.values():
         one["seconds"] = median(one["times"])
+        one["slower"] = median(a / b for a, b in zip(one["times"], one["beside"], strict=True))
     return report
+
+
+def seconds_of(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def prepared(
