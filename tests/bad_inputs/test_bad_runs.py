@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tensorstore as ts
 from bench import CONFIG, Case, check_paragraph
 from filelock import FileLock
 
@@ -47,9 +48,16 @@ def damaged_native(folder: Path) -> None:
 
 
 def flipped_native(folder: Path) -> None:
-    """One byte of the embedding changed, which TensorStore does not see."""
+    """One byte of the embedding changed, which TensorStore does not see.
+
+    Its own bytes are looked for: a file of Orbax's also holds lists of arrays that a later one has taken the place of.
+    """
     native(folder)
-    flipped(max((f for f in (folder / "native/weights").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size))
+    weights = folder / "native/weights"
+    database = {"driver": "ocdbt", "base": f"file://{weights}/"}
+    chunk = ts.KvStore.open(database).result().read("embedding/0.0").result().value
+    (file, content) = next((f, c) for f in weights.rglob("*") if f.is_file() and chunk in (c := f.read_bytes()))
+    flipped(file, content.index(chunk) + len(chunk) // 2)
 
 
 def stages(folder: Path) -> None:
@@ -220,9 +228,9 @@ def table(bench: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Path]:
     yield folder
 
 
-def flipped(file: Path) -> None:
+def flipped(file: Path, place: int | None = None) -> None:
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if place is None else place] ^= 1
     file.write_bytes(content)
 
 
