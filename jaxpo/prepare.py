@@ -27,7 +27,7 @@ from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, Learned, abstract_decoder
 from jaxpo.models.export import export
 from jaxpo.models.scratch import build
-from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.objectives.unpaired import KTO, APOZeroUnpaired
 from jaxpo.reference.fingerprint import weights_fingerprint
 from jaxpo.training.checkpoint import latest_step
@@ -100,7 +100,7 @@ def prepare(run: Run, folder: Path) -> Parts:
             compute_dtype=run.model.compute_dtype,
             remat=run.model.remat,
             unroll=run.model.unroll,
-            chunk=head_chunk(training.row_length, training.rows_per_device, layout.platform),
+            blocks=head_blocks(training.row_length, training.rows_per_device, layout.platform, layout.mesh.size),
             statistics=run.objective.statistics,
             attention=attention_of(run, layout.platform, checkpoint.decoder_config.head_dim),
             constrain=layout.constrain,

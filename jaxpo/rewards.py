@@ -27,6 +27,7 @@ from jaxpo.models import attention
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, Learned, abstract_decoder
+from jaxpo.objectives.logprobs import Blocks
 from jaxpo.objectives.score import Scorer, all_scores
 from jaxpo.training.mesh import Layout, make_mesh
 
@@ -93,7 +94,7 @@ class RewardModel:
             scorer=Scorer(
                 compute_dtype=compute_dtype,
                 remat="none",
-                chunk=row_length,
+                blocks=Blocks((row_length,)),
                 statistics=frozenset({"rewards"}),
                 attention=attention.choose(layout.platform, compute_dtype, config.head_dim),
                 constrain=layout.constrain,

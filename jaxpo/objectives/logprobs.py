@@ -1,16 +1,35 @@
 """Log-probs of given tokens from hidden states, without the [tokens, vocabulary] logits.
 
-Legend: R rows, S scored tokens in a row (those in use come first), D hidden size, V vocabulary, C tokens of a chunk.
+Legend: R rows, S scored tokens in a row (those in use come first), D hidden size, V vocabulary; N tokens and W words of
+a block.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpo.models.kept import keep, kept_as_integers, restore
 from jaxpo.models.product import contract
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The part of the logits that is computed at once.
+
+    tokens: columns of [R, S]. Blocks of the first size are taken as long as they are full, then of the next, and what
+    is left goes into one more of the last; each size is a multiple of the next. words: rows of the head, all of them if
+    None. A few at once stay in a CPU's cache from the product that makes their logits to those that make their
+    gradients; all at once suit a device that holds a part of the vocabulary, or has a fast memory.
+    """
+
+    tokens: tuple[int, ...]
+    words: int | None = None
 
 
 class TokenScores(NamedTuple):
@@ -30,88 +49,191 @@ def token_scores(
     head_VD: jax.Array,
     labels_RS: jax.Array,
     used: jax.Array,
-    chunk: int,
+    blocks: Blocks,
     confidence: bool = False,
 ) -> TokenScores:
     """Score labels [R, S] given the hidden states that predict them; head is [V, D], logits are float32.
 
-    Only the first `used` [] columns are computed, in chunks of `chunk` columns, which divides S; the rest is 0.
+    Only the first `used` [] columns are scored, the rest is 0; a block of columns begins with a used one. The head is
+    rounded to the hidden states' dtype, its gradient is not.
 
-    The gradient flows through logps. Nothing of size V outlives a chunk: the backward pass recomputes the logits from
+    The gradient flows through logps. Nothing of size V outlives a block: the backward pass recomputes the logits from
     the saved log-sum-exp, with dz = g (onehot(y) - softmax(z)), dh = dz W and dW = sum dz^T h.
     """
-    if labels_RS.shape[1] % chunk:
-        raise ValueError(f"chunk {chunk} does not divide {labels_RS.shape[1]} scored tokens")
-    return _scores(chunk, confidence, hidden_RSD, head_VD, labels_RS, used)
+    if labels_RS.shape[1] % blocks.tokens[-1]:
+        raise ValueError(f"blocks of {blocks.tokens[-1]} do not divide {labels_RS.shape[1]} scored tokens")
+    if any(larger % smaller for larger, smaller in pairwise(blocks.tokens)):
+        raise ValueError(f"blocks of {blocks.tokens}: each size must be a multiple of the next")
+    return _scores(blocks, confidence, hidden_RSD, head_VD, labels_RS, used)
 
 
-def _columns(array: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(array, i * chunk, chunk, axis=1)
+class Words(NamedTuple):
+    """Where a block of words lies: its first word, their number, and the first that no block before it holds.
+
+    The last block may begin within the one before, so that all are of one size; `new` is None if it does not.
+    """
+
+    start: jax.Array
+    number: int
+    new: jax.Array | None
+
+    def of(self, matrix: jax.Array, axis: int = 0) -> jax.Array:
+        """This block of the words, which are an axis of `matrix`."""
+        if matrix.shape[axis] == self.number:
+            return matrix
+        return lax.dynamic_slice_in_dim(matrix, self.start, self.number, axis)
+
+    def put(self, matrix_VD: jax.Array, rows_WD: jax.Array) -> jax.Array:
+        if matrix_VD.shape == rows_WD.shape:
+            return rows_WD
+        return lax.dynamic_update_slice_in_dim(matrix_VD, rows_WD, self.start, axis=0)
+
+    def are(self, labels_N: jax.Array) -> jax.Array:
+        """Whether a word is a token's label, bool [W, N].
+
+        A comparison instead of a gather: it partitions when the vocabulary is sharded, and fuses into the reductions.
+        """
+        places_W1 = lax.broadcasted_iota(labels_N.dtype, (self.number, 1), 0) + self.start.astype(labels_N.dtype)
+        same_WN = places_W1 == labels_N
+        return same_WN if self.new is None else same_WN & (places_W1 >= self.new)
+
+    def logits(self, words_WD: jax.Array, hidden_ND: jax.Array) -> jax.Array:
+        """Float32 [W, N], -inf for a word that a block before has had."""
+        logits_WN = contract(words_WD, hidden_ND, 1, 1, jnp.float32)
+        if self.new is None:
+            return logits_WN
+        places_W1 = lax.broadcasted_iota(self.new.dtype, (self.number, 1), 0) + self.start
+        return jnp.where(places_W1 >= self.new, logits_WN, -jnp.inf)
 
 
-def _logits(hidden_RCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    R, C, D = hidden_RCD.shape
-    return contract(hidden_RCD.reshape(R * C, D), head_VD, 1, 1, jnp.float32).reshape(R, C, -1)
+def _over_words(blocks: Blocks, V: int, body: Callable[[Words, Any], Any], carry: Any) -> Any:
+    """Carry through the blocks of words."""
+    size = min(blocks.words or V, V)
+    if size == V:
+        return body(Words(jnp.int32(0), V, None), carry)
+
+    def of_block(j: jax.Array, carry: Any) -> Any:
+        begin = jnp.int32(j * size)
+        return body(Words(jnp.minimum(begin, V - size), size, begin if V % size else None), carry)
+
+    return lax.fori_loop(0, -(-V // size), of_block, carry)
 
 
-def _is_label(labels_RC: jax.Array, V: int) -> jax.Array:
-    # A comparison instead of a gather: it partitions when the vocabulary is sharded, and fuses into the reductions.
-    return labels_RC[..., None] == lax.broadcasted_iota(labels_RC.dtype, (1, 1, V), 2)
+def _over_tokens(blocks: Blocks, used: jax.Array, body: Callable[[jax.Array, int, Any], Any], carry: Any) -> Any:
+    """Carry through the blocks of columns that hold a used one: where each begins and its number of columns."""
+
+    def of_blocks(first: jax.Array, size: int, count: jax.Array, carry: Any) -> Any:
+        return lax.fori_loop(0, count, lambda i, c: body(first + i * size, size, c), carry)
+
+    first = jnp.zeros_like(used)
+    for size in blocks.tokens:
+        rest = size - 1 if size == blocks.tokens[-1] else 0
+        count = lax.div(used - first + rest, jnp.asarray(size, used.dtype))
+        carry = of_blocks(first, size, count, carry)
+        first += count * size
+    return carry
 
 
-def _num_chunks(used: jax.Array, chunk: int) -> jax.Array:
-    return lax.div(used + chunk - 1, jnp.asarray(chunk, used.dtype))
+def _columns(array_RS: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    """Columns of [R, S, ...], row by row: [R * size, ...]."""
+    columns = lax.dynamic_slice_in_dim(array_RS, first, size, axis=1)
+    return columns.reshape(-1, *columns.shape[2:])
+
+
+def _put_columns(array_RS: jax.Array, columns: jax.Array, first: jax.Array) -> jax.Array:
+    columns = columns.reshape(len(array_RS), -1, *columns.shape[1:])
+    return lax.dynamic_update_slice_in_dim(array_RS, columns, first, axis=1)
+
+
+class Sums(NamedTuple):
+    """What is known of each token [R, S] after some of the words: the largest logit z, the sum of exp(z - largest), that
+    of its squares if confidence is asked for, and the label's logit, 0 until its block has come.
+    """
+
+    largest: jax.Array
+    exp: jax.Array
+    squares: jax.Array | None
+    label: jax.Array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scores(chunk, confidence, hidden_RSD, head_VD, labels_RS, used) -> TokenScores:
-    return _scores_forward(chunk, confidence, hidden_RSD, head_VD, labels_RS, used)[0]
+def _scores(blocks, confidence, hidden_RSD, head_VD, labels_RS, used) -> TokenScores:
+    return _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used)[0]
 
 
-def _scores_forward(chunk, confidence, hidden_RSD, head_VD, labels_RS, used):
-    V = head_VD.shape[0]
+def _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
+    rounded_VD = head_VD.astype(hidden_RSD.dtype)
 
-    def body(i, carry):
-        labels_RC = _columns(labels_RS, i, chunk)
-        logits_RCV = _logits(_columns(hidden_RSD, i, chunk), head_VD)
-        lse_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
-        label_RC = jnp.where(_is_label(labels_RC, V), logits_RCV, 0.0).sum(axis=-1)
-        top_RC = (label_RC >= logits_RCV.max(axis=-1)).astype(jnp.float32)
-        parts = (label_RC - lse_RC, top_RC, lse_RC)
-        if confidence:
-            # log sum_v p(v)^2 = lse(2 z) - 2 lse(z)
-            parts += (label_RC + lse_RC - jax.nn.logsumexp(2.0 * logits_RCV, axis=-1),)
-        return tuple(
-            lax.dynamic_update_slice_in_dim(whole, part, i * chunk, axis=1)
-            for whole, part in zip(carry, parts, strict=True)
-        )
+    def of_words(words: Words, sums_RS: Sums) -> Sums:
+        words_WD = words.of(rounded_VD)
 
-    zeros = (jnp.zeros(labels_RS.shape, jnp.float32),) * (4 if confidence else 3)
-    logps_RS, correct_RS, lse_RS, *more = lax.fori_loop(0, _num_chunks(used, chunk), body, zeros)
-    scores = TokenScores(logps_RS, correct_RS, more[0] if confidence else None)
-    return scores, (hidden_RSD, head_VD, labels_RS, used, lse_RS)
+        def of_tokens(first: jax.Array, size: int, sums_RS: Sums) -> Sums:
+            before = jax.tree.map(lambda field: _columns(field, first, size), sums_RS)
+            # Words before tokens: a CPU adds up over the first axis many times as fast as over the last.
+            logits_WN = words.logits(words_WD, _columns(hidden_RSD, first, size))
+            largest_N = jnp.maximum(before.largest, logits_WN.max(axis=0))
+            shrink_N, exp_WN = jnp.exp(before.largest - largest_N), jnp.exp(logits_WN - largest_N)
+            is_label_WN = words.are(_columns(labels_RS, first, size))
+            after = Sums(
+                largest_N,
+                before.exp * shrink_N + exp_WN.sum(axis=0),
+                None if before.squares is None else before.squares * shrink_N**2 + (exp_WN**2).sum(axis=0),
+                before.label + jnp.where(is_label_WN, logits_WN, 0.0).sum(axis=0),
+            )
+            return jax.tree.map(lambda field, part: _put_columns(field, part, first), sums_RS, after)
+
+        return _over_tokens(blocks, used, of_tokens, sums_RS)
+
+    nothing_RS = jnp.zeros(labels_RS.shape, jnp.float32)
+    start = Sums(nothing_RS - jnp.inf, nothing_RS, nothing_RS if confidence else None, nothing_RS)
+    largest_RS, exp_RS, squares_RS, label_RS = _over_words(blocks, len(head_VD), of_words, start)
+    is_used_S = jnp.arange(labels_RS.shape[1]) < used
+
+    def scored(values_RS: jax.Array) -> jax.Array:
+        return jnp.where(is_used_S, values_RS, 0.0)
+
+    lse_RS = scored(largest_RS + jnp.log(exp_RS))
+    logps_RS, correct_RS = scored(label_RS - lse_RS), scored((label_RS >= largest_RS).astype(jnp.float32))
+    confidence_RS = None
+    if squares_RS is not None:
+        # log sum_v p(v)^2 = lse(2 z) - 2 lse(z)
+        confidence_RS = scored(label_RS + lse_RS - 2.0 * largest_RS - jnp.log(squares_RS))
+    return TokenScores(logps_RS, correct_RS, confidence_RS), (hidden_RSD, head_VD, labels_RS, used, lse_RS)
 
 
-def _scores_backward(chunk, confidence, saved, gradients):
+def _scores_backward(blocks, confidence, saved, gradients):
     hidden_RSD, head_VD, labels_RS, used, lse_RS = saved
-    g_RS = gradients.logps
-    V = head_VD.shape[0]
+    dtype, (R, S, D) = hidden_RSD.dtype, hidden_RSD.shape
+    rounded_VD = head_VD.astype(dtype)
+    # A CPU multiplies in bfloat16 by rows of the left side only, which of the words are columns here.
+    by_columns = kept_as_integers(rounded_VD) and blocks.words is not None
+    rounded_DV = keep(rounded_VD.T) if by_columns else None
 
-    def body(i, carry):
-        d_hidden_RSD, d_head_VD = carry
-        hidden_RCD = _columns(hidden_RSD, i, chunk)
-        probs_RCV = jnp.exp(_logits(hidden_RCD, head_VD) - _columns(lse_RS, i, chunk)[..., None])
-        onehot_RCV = _is_label(_columns(labels_RS, i, chunk), V).astype(jnp.float32)
-        d_logits_RCV = (_columns(g_RS, i, chunk)[..., None] * (onehot_RCV - probs_RCV)).astype(hidden_RCD.dtype)
-        d_logits_NV = d_logits_RCV.reshape(-1, V)
-        d_hidden_RCD = contract(d_logits_NV, head_VD, 1, 0, jnp.float32).reshape(hidden_RCD.shape)
-        d_head_VD += contract(d_logits_NV, hidden_RCD.reshape(len(d_logits_NV), -1), 0, 0, jnp.float32)
-        d_hidden_RSD = lax.dynamic_update_slice_in_dim(d_hidden_RSD, d_hidden_RCD, i * chunk, axis=1)
-        return d_hidden_RSD, d_head_VD
+    def of_words(words: Words, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        d_hidden_DRS, d_head_VD = so_far
+        words_WD = words.of(rounded_VD)
 
-    zeros = (jnp.zeros(hidden_RSD.shape, jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
-    d_hidden_RSD, d_head_VD = lax.fori_loop(0, _num_chunks(used, chunk), body, zeros)
-    return d_hidden_RSD.astype(hidden_RSD.dtype), d_head_VD.astype(head_VD.dtype), None, None
+        def of_tokens(first: jax.Array, size: int, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            d_hidden_DRS, d_words_WD = so_far
+            hidden_ND, lse_N, g_N = (_columns(x, first, size) for x in (hidden_RSD, lse_RS, gradients.logps))
+            probs_WN = jnp.exp(words.logits(words_WD, hidden_ND) - lse_N)
+            onehot_WN = words.are(_columns(labels_RS, first, size)).astype(jnp.float32)
+            d_logits_WN = (g_N * (onehot_WN - probs_WN)).astype(dtype)
+            if rounded_DV is None:
+                d_hidden_DN = contract(words_WD, d_logits_WN, 0, 0, jnp.float32)
+            else:
+                d_hidden_DN = contract(restore(words.of(rounded_DV, axis=1)), d_logits_WN, 1, 0, jnp.float32)
+            at = (0, 0, first)
+            d_hidden_DRN = lax.dynamic_slice(d_hidden_DRS, at, (D, R, size)) + d_hidden_DN.reshape(D, R, size)
+            d_words_WD += contract(d_logits_WN, hidden_ND, 1, 0, jnp.float32)
+            return lax.dynamic_update_slice(d_hidden_DRS, d_hidden_DRN, at), d_words_WD
+
+        d_hidden_DRS, d_words_WD = _over_tokens(blocks, used, of_tokens, (d_hidden_DRS, words.of(d_head_VD)))
+        return d_hidden_DRS, words.put(d_head_VD, d_words_WD)
+
+    zeros = (jnp.zeros((D, R, S), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
+    d_hidden_DRS, d_head_VD = _over_words(blocks, len(head_VD), of_words, zeros)
+    return d_hidden_DRS.transpose(1, 2, 0).astype(dtype), d_head_VD.astype(head_VD.dtype), None, None
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

@@ -18,7 +18,7 @@ from jax import lax
 from jaxpo.batch import Carry, Completions, DeviceBatch, Statistic
 from jaxpo.models.attention import Attention, Context, Implementation, packed_attention
 from jaxpo.models.decoder import Decoder, Remat
-from jaxpo.objectives.logprobs import token_scores
+from jaxpo.objectives.logprobs import Blocks, token_scores
 
 
 class Scores(NamedTuple):
@@ -43,15 +43,15 @@ def as_it_is(value: Any) -> Any:
 class Scorer:
     """The numerics of a forward pass.
 
-    compute_dtype: of matrix products. remat, unroll: see `ModelConfig`. chunk: scored tokens of a row that meet the
-    head at once. statistics: what to compute besides log-prob sums. attention: which implementation of it. constrain:
+    compute_dtype: of matrix products. remat, unroll: see `ModelConfig`. blocks: what meets the head at once.
+    statistics: what to compute besides log-prob sums. attention: which implementation of it. constrain:
     keeps [R, ...] activations sharded over the mesh's batch axes. gather: brings together first what the forward pass
     needs whole. spread: makes of an attention one that runs on each device by itself, on its rows and heads.
     """
 
     compute_dtype: str
     remat: Remat
-    chunk: int
+    blocks: Blocks
     statistics: frozenset[Statistic] = frozenset()
     attention: Implementation = "dense"
     unroll: int = 1
@@ -89,15 +89,15 @@ class Scorer:
             rewards_RXK = jnp.where(batch.lengths[..., 1:] > 0, rewards_RXK, 0.0)
             return Scores(nothing_RXB, nothing_RXB, nothing_RXB, nothing_RXB, self.constrain(rewards_RXK))
 
-        # A last, shorter chunk is filled up with targets that belong to no completion.
-        rest = ((0, 0), (0, -batch.target_slots.shape[1] % self.chunk))
+        # A last, shorter block is filled up with targets that belong to no completion.
+        rest = ((0, 0), (0, -batch.target_slots.shape[1] % self.blocks.tokens[-1]))
         positions_RS, labels_RS = jnp.pad(batch.target_positions, rest), jnp.pad(batch.target_labels, rest)
         slots_RS = jnp.pad(batch.target_slots, rest, constant_values=X * B)
         hidden_RSD = jnp.take_along_axis(hidden_RTD, positions_RS[..., None], axis=1)
         used = batch.lengths.sum(axis=(1, 2)).max()
-        head_VD = decoder.head_matrix().astype(hidden_RTD.dtype)
         confidence = "confidence" in self.statistics
-        scores = token_scores(self.constrain(hidden_RSD), head_VD, labels_RS, used, self.chunk, confidence)
+        head_VD = decoder.head_matrix()
+        scores = token_scores(self.constrain(hidden_RSD), head_VD, labels_RS, used, self.blocks, confidence)
 
         def by_branch(values_RS: jax.Array) -> jax.Array:
             return self.constrain(sum_by_slot(values_RS, slots_RS, (R, X, B)))
@@ -181,13 +181,16 @@ def within_shortest(lengths_RXB: jax.Array, slots_RS: jax.Array) -> jax.Array:
     return jnp.arange(slots_RS.shape[1]) < jnp.take_along_axis(ends_RN, slots_RS, axis=1)
 
 
-def head_chunk(row_length: int, rows_per_device: int, platform: str) -> int:
-    """Columns of a row to take to the head at once, in chunks of one size.
+def head_blocks(row_length: int, rows_per_device: int, platform: str, devices: int) -> Blocks:
+    """What meets the head at once.
 
-    On a device they are a sixteenth of its tokens, so that little of the last chunk is computed for nothing, but
-    between 128 and 1,024 tokens: fewer keep no device busy, more take memory and gain nothing. On a CPU they are at
-    most 120: from 128 rows on, XLA transposes the head's matrix before it multiplies in float32, for each chunk.
+    On an accelerator a sixteenth of a device's tokens, so that little of the last block is computed for nothing, but
+    between 128 and 1,024: fewer keep no device busy, more take memory and gain nothing; in blocks of one size. On a CPU
+    1,024 tokens and 4,096 words, whose logits are 16 MB, and 128 tokens of what is left. Over several devices the
+    words are all of them, for a device may hold a part of the vocabulary.
     """
-    tokens = 120 if platform == "cpu" else min(max(row_length * rows_per_device // 16, 128), 1024)
-    most = max(1, min(row_length, tokens // rows_per_device))
-    return math.ceil(row_length / math.ceil(row_length / most))
+    if platform == "cpu":
+        least = min(row_length, max(1, 128 // rows_per_device))
+        return Blocks((8 * least, least) if 8 * least <= row_length else (least,), 4096 if devices == 1 else None)
+    most = max(1, min(row_length, min(max(row_length * rows_per_device // 16, 128), 1024) // rows_per_device))
+    return Blocks((math.ceil(row_length / math.ceil(row_length / most)),))

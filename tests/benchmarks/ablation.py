@@ -47,7 +47,7 @@ class Setting:
     attention: str = "blocked"
     reference_pass: bool = False
     plain_products: bool = False
-    chunk: int | None = None
+    blocks: tuple[int, int | None] | None = None
 
 
 VARIANTS = {
@@ -56,7 +56,7 @@ VARIANTS = {
     "no shared prompt": Setting(share_prompt=False),
     "no reference table": Setting(reference_pass=True),
     "head on every token": Setting(score_prompt=True),
-    "128 tokens at the head, not 120": Setting(chunk=128),
+    "120 tokens and all words at the head": Setting(blocks=(120, None)),
     "dense attention": Setting(attention="dense"),
     "gradients of products by autodiff": Setting(plain_products=True),
 }
@@ -164,7 +164,8 @@ def prepared(
     from jaxpo.data.pack import Packing, pack
     from jaxpo.models import decoder as decoders
     from jaxpo.objectives import DPO
-    from jaxpo.objectives.score import all_scores, head_chunk
+    from jaxpo.objectives.logprobs import Blocks
+    from jaxpo.objectives.score import all_scores, head_blocks
     from jaxpo.training.control import Control
     from jaxpo.training.optimizer import norm
     from jaxpo.training.step import initial_carry, sum_of_shares
@@ -184,10 +185,13 @@ def prepared(
     longest = int(min(sizes.sum(), 4096) if setting.packed else sizes.max())
     packing = dataclasses.replace(packing, row_length=-(-longest // 64) * 64)
     batch, _ = pack(examples, table, packing)
+    blocks = head_blocks(packing.row_length, packing.rows, "cpu", 1)
+    if setting.blocks is not None:
+        blocks = Blocks((setting.blocks[0],), setting.blocks[1])
     scorer = dataclasses.replace(
         parts.scorer,
         attention=setting.attention,
-        chunk=setting.chunk or head_chunk(packing.row_length, packing.rows, "cpu"),
+        blocks=blocks,
     )
     gradients = sum_of_shares(DPO(), scorer)
     carry: Any = {name: np.float32(value) for name, value in initial_carry(DPO(), Control()).items()}

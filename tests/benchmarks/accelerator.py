@@ -26,7 +26,7 @@ from jaxpo.data.pack import Packing, pack
 from jaxpo.models import attention
 from jaxpo.models.decoder import Decoder, DecoderConfig, Llama3Scaling, Remat, Rotary, abstract_decoder
 from jaxpo.objectives import DPO
-from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.training.control import Control
 from jaxpo.training.flops import step_flops
 from jaxpo.training.mesh import Layout, make_mesh
@@ -177,7 +177,7 @@ def measured(shape: Shape, compute_dtype: str, arguments: argparse.Namespace) ->
     scorer = Scorer(
         compute_dtype=compute_dtype,
         remat=shape.remat,
-        chunk=head_chunk(shape.row_length, shape.rows, layout.platform),
+        blocks=head_blocks(shape.row_length, shape.rows, layout.platform, layout.mesh.size),
         attention=fastest if arguments.attention == "auto" else arguments.attention,
         constrain=layout.constrain,
         gather=layout.gather_embedding,

@@ -24,7 +24,7 @@ from jaxpo.data.pack import Packing, pack
 from jaxpo.models.attention import Context, choose, packed_attention
 from jaxpo.models.product import linears
 from jaxpo.objectives.logprobs import token_scores
-from jaxpo.objectives.score import head_chunk
+from jaxpo.objectives.score import head_blocks
 
 WIDTH, HEADS, KV_HEADS, HEAD, MLP, LAYERS, VOCABULARY = 576, 9, 3, 64, 1536, 30, 49_152
 
@@ -96,13 +96,13 @@ def attention(batch: Any, dtype: Any) -> Piece:
 
 def head(batch: Any, dtype: Any) -> Piece:
     used, N = int(batch.lengths.sum()), batch.tokens.shape[-1]
-    chunk = head_chunk(N, 1, jax.default_backend())
-    S = -(-N // chunk) * chunk
+    blocks = head_blocks(N, 1, jax.default_backend(), 1)
+    S = -(-N // blocks.tokens[-1]) * blocks.tokens[-1]
     hidden, matrix = normal(0, 1, S, WIDTH, dtype=dtype), normal(1, VOCABULARY, WIDTH, dtype=jnp.float32)
     labels = jnp.ones((1, S), jnp.int32)
 
     def logps(hidden: jax.Array, matrix: jax.Array) -> jax.Array:
-        return token_scores(hidden, matrix.astype(dtype), labels, jnp.int32(used), chunk).logps
+        return token_scores(hidden, matrix, labels, jnp.int32(used), blocks).logps
 
     moved = 4 * 3 * VOCABULARY * WIDTH + jnp.dtype(dtype).itemsize * 3 * used * WIDTH
     return Piece(gradients(logps, hidden, matrix), 1, 6.0 * used * WIDTH * VOCABULARY, moved)

@@ -21,7 +21,7 @@ from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, Remat
 from jaxpo.objectives import DPO
-from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.reference.compute import completion_logps
 from jaxpo.training.control import Control
 from jaxpo.training.mesh import AXES, Layout, make_mesh
@@ -67,7 +67,7 @@ def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarra
     scorer = Scorer(
         compute_dtype="float32",
         remat=way.remat,
-        chunk=head_chunk(way.row_length, way.rows, "cpu"),
+        blocks=head_blocks(way.row_length, way.rows, "cpu", layout.mesh.size),
         constrain=layout.constrain,
         gather=layout.gather_embedding,
     )

@@ -21,7 +21,7 @@ from jaxpo.batch import Completions, Example, Objective, Statistic
 from jaxpo.config import AdaptiveBeta, MeshConfig
 from jaxpo.data.pack import Packing, assign_rows, pack
 from jaxpo.models.decoder import Decoder
-from jaxpo.objectives.score import Scorer, Scores, completions_of, head_chunk, microbatch
+from jaxpo.objectives.score import Scorer, Scores, completions_of, head_blocks, microbatch
 from jaxpo.training.control import Control
 from jaxpo.training.mesh import AXES, Layout, make_mesh
 from jaxpo.training.step import (
@@ -133,7 +133,7 @@ def scorer_of(layout: Layout, packing: Packing, kind: str, objective: Objective 
     return Scorer(
         compute_dtype="float32",
         remat="none",
-        chunk=head_chunk(packing.row_length, packing.rows // layout.batch_devices, "cpu"),
+        blocks=head_blocks(packing.row_length, packing.rows // layout.batch_devices, "cpu", layout.mesh.size),
         statistics=everything if objective is None else objective.statistics,
         constrain=layout.constrain,
         gather=layout.gather_embedding,

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from jaxpo.batch import Completions, Example, PackedBatch, Statistic
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.decoder import Decoder
-from jaxpo.objectives.score import Scorer, Scores, completions_of, head_chunk, microbatch, sum_by_slot
+from jaxpo.objectives.score import Scorer, Scores, completions_of, head_blocks, microbatch, sum_by_slot
 
 
 @given(row_length=st.integers(1, 5000), rows=st.integers(1, 2000), platform=st.sampled_from(["cpu", "gpu"]))
-def test_head_chunks_cover_the_row_without_one_to_spare(row_length: int, rows: int, platform: str) -> None:
-    chunk = head_chunk(row_length, rows, platform)
+def test_head_blockss_cover_the_row_without_one_to_spare(row_length: int, rows: int, platform: str) -> None:
+    chunk = head_blocks(row_length, rows, platform)
     chunks = -(-row_length // chunk)
     assert chunks * chunk - row_length < chunks
     assert chunk * rows <= max({"cpu": 120, "gpu": 1024}[platform], rows)
 
 
-def test_a_head_chunk_takes_as_much_as_it_may() -> None:
+def test_a_head_blocks_takes_as_much_as_it_may() -> None:
     sizes = {
         (2048, 1): 128,
         (2048, 4): 128,
@@ -34,8 +34,8 @@ def test_a_head_chunk_takes_as_much_as_it_may() -> None:
         (8192, 8): 128,
         (100, 1): 100,
     }
-    assert {size: head_chunk(*size, "tpu") for size in sizes} == sizes
-    assert [head_chunk(2048, 1, "cpu"), head_chunk(2048, 4, "cpu"), head_chunk(100, 1, "cpu")] == [114, 30, 100]
+    assert {size: head_blocks(*size, "tpu") for size in sizes} == sizes
+    assert [head_blocks(2048, 1, "cpu"), head_blocks(2048, 4, "cpu"), head_blocks(100, 1, "cpu")] == [114, 30, 100]
 
 
 @settings(deadline=None, max_examples=20)

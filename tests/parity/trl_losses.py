@@ -37,7 +37,7 @@ from jaxpo.models import families
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, by_path
-from jaxpo.objectives.score import Scorer, Scores, completions_of, head_chunk, microbatch
+from jaxpo.objectives.score import Scorer, Scores, completions_of, head_blocks, microbatch
 from jaxpo.reference.compute import completion_logps
 from jaxpo.training.control import Control
 from jaxpo.training.step import (
@@ -158,7 +158,7 @@ def without_references(batch: DeviceBatch) -> DeviceBatch:
 
 
 def scorer_for(statistics: frozenset[Any]) -> Scorer:
-    return Scorer("float32", "none", head_chunk(ROW, ROWS, "cpu"), statistics)
+    return Scorer("float32", "none", head_blocks(ROW, ROWS, "cpu", 1), statistics)
 
 
 # With all that an objective over log-probs can ask for, so that one compiled program serves them all.

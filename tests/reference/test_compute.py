@@ -19,6 +19,7 @@ from jaxpo.models.attention import Context, packed_attention
 from jaxpo.models.decoder import Decoder
 from jaxpo.models.export import export
 from jaxpo.models.scratch import build
+from jaxpo.objectives.logprobs import Blocks
 from jaxpo.objectives.score import Scorer
 from jaxpo.reference.compute import completion_logps
 
@@ -66,7 +67,7 @@ EXAMPLES = [
     Example("c", np.arange(20, 32, dtype=np.int32), (np.array([40], np.int32), np.arange(41, 52, dtype=np.int32))),
     Example("d", np.array([5, 6, 7, 8], np.int32), (np.array([11], np.int32), np.array([9, 10], np.int32))),
 ]
-SCORER = Scorer(compute_dtype="float32", remat="none", chunk=16)
+SCORER = Scorer(compute_dtype="float32", remat="none", blocks=Blocks((16,)))
 
 
 @pytest.fixture(scope="module")

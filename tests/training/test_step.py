@@ -15,7 +15,7 @@ from jaxpo.config import AdaptiveBeta, OptimizerConfig
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.decoder import Decoder
 from jaxpo.objectives import DPO, SFT
-from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.training.control import Control
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import StepResult, TrainState, initial_carry, make_evaluation_step, make_train_step
@@ -31,7 +31,7 @@ def on_device(tree: Any) -> Any:
 
 
 def scorer(packing: Packing) -> Scorer:
-    return Scorer("float32", "none", head_chunk(packing.row_length, packing.rows, "cpu"))
+    return Scorer("float32", "none", head_blocks(packing.row_length, packing.rows, "cpu", 1))
 
 
 def start(decoder: Decoder) -> tuple[TrainState, optax.GradientTransformation]:

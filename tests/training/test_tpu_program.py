@@ -37,4 +37,4 @@ def test_a_step_on_four_chips(fsdp: int, tensor: int) -> None:
     # One kernel forward and two backward: what the forward pass made of the attention is kept, not made again.
     assert found["kernels"] == 3
     assert found["square"] == [], "no scores and no mask of numbers over a whole row"
-    assert found["logits"] == found["chunk"] * 4096 // tensor, "each chip has the logits of one chunk, of its own words"
+    assert found["logits"] == found["block"] * 4096 // tensor, "each chip has the logits of one block, of its own words"

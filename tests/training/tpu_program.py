@@ -20,7 +20,7 @@ from jaxpo.data.pack import Packing, pack
 from jaxpo.models.attention import choose
 from jaxpo.models.decoder import DecoderConfig, Rotary, abstract_decoder
 from jaxpo.objectives import DPO
-from jaxpo.objectives.score import Scorer, head_chunk
+from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.training.control import Control
 from jaxpo.training.mesh import AXES, Layout
 from jaxpo.training.optimizer import make_optimizer
@@ -56,7 +56,7 @@ def main(topology: str, fsdp: int, tensor: int) -> None:
     scorer = Scorer(
         compute_dtype="bfloat16",
         remat="attention",
-        chunk=head_chunk(ROW, 1, layout.platform),
+        blocks=head_blocks(ROW, 1, layout.platform, mesh.size),
         attention=choose(layout.platform, "bfloat16", CONFIG.head_dim),
         constrain=layout.constrain,
         gather=layout.gather_embedding,
@@ -87,11 +87,11 @@ def main(topology: str, fsdp: int, tensor: int) -> None:
         json.dumps(
             {
                 "attention": scorer.attention,
-                "chunk": scorer.chunk,
+                "block": scorer.blocks.tokens[0],
                 "kernels": program.count('custom_call_target="tpu_custom_call"'),
                 "square": [shape for shape in shapes if shape[-2:] == (ROW, ROW)],
                 "logits": max(
-                    [int(np.prod(s)) for s in shapes if s[-1] in (VOCABULARY, VOCABULARY // tensor) and len(s) > 1]
+                    [int(np.prod(s)) for s in shapes if s[0] in (VOCABULARY, VOCABULARY // tensor) and len(s) > 1 and s[1] != CONFIG.width]
                 ),
                 "arguments": memory.argument_size_in_bytes,
                 "peak": memory.peak_memory_in_bytes,

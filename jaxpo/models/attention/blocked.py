@@ -71,40 +71,41 @@ def _attention(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: ja
 def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges):
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_RKGTH, k_RKTH, v_RKTH = _grouped(q, K), _heads_first(k), _heads_first(v)
+    q_RKHGT, k_RKTH, v_RKHT = _queries_last(q, K), _heads_first(k), _heads_first(v, tokens_last=True)
     tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out_RKGTH, lse_RKGT = so_far
+        out_RKHGT, lse_RKGT = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
-        q_KQH = _tile(q_RKGTH, r, i, tile, axis=3).reshape(K, G * tile, H)
-        sight_Q1 = Ranges(*(field[:, None] for field in _sight(segments, sight, r, i, tile, G)))
+        q_KHQ = _tile(q_RKHGT, r, i, tile, axis=4).reshape(K, H, G * tile)
+        sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
-            top_KQ, sum_KQ, out_KQH = sums
+            top_KQ, sum_KQ, out_KHQ = sums
             j = first + m * tile
-            k_KCH, v_KCH = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKTH, r, j, tile, axis=2)
-            scores_KQC = _dot("kqh,kch->kqc", q_KQH, k_KCH) * scale
-            scores_KQC = jnp.where(sight_Q1.see(j + jnp.arange(tile)), scores_KQC, HIDDEN)
-            new_KQ = jnp.maximum(top_KQ, scores_KQC.max(axis=-1))
-            weights_KQC, shrink_KQ = jnp.exp(scores_KQC - new_KQ[..., None]), jnp.exp(top_KQ - new_KQ)
-            out_KQH = out_KQH * shrink_KQ[..., None] + _dot("kqc,kch->kqh", weights_KQC.astype(q.dtype), v_KCH)
-            return new_KQ, sum_KQ * shrink_KQ + weights_KQC.sum(axis=-1), out_KQH
+            k_KCH, v_KHC = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKHT, r, j, tile, axis=3)
+            scores_KCQ = _dot("kch,khq->kcq", k_KCH, q_KHQ) * scale
+            scores_KCQ = jnp.where(sight_Q.see(j + jnp.arange(tile)[:, None]), scores_KCQ, HIDDEN)
+            new_KQ = jnp.maximum(top_KQ, scores_KCQ.max(axis=1))
+            weights_KCQ, shrink_KQ = jnp.exp(scores_KCQ - new_KQ[:, None]), jnp.exp(top_KQ - new_KQ)
+            out_KHQ = out_KHQ * shrink_KQ[:, None] + _dot("khc,kcq->khq", v_KHC, weights_KCQ.astype(q.dtype))
+            return new_KQ, sum_KQ * shrink_KQ + weights_KCQ.sum(axis=1), out_KHQ
 
         nothing_KQ = jnp.zeros((K, G * tile), jnp.float32)
-        start = (nothing_KQ + HIDDEN, nothing_KQ, jnp.zeros((K, G * tile, H), jnp.float32))
-        top_KQ, sum_KQ, out_KQH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
-        out = (out_KQH / sum_KQ[..., None]).reshape(1, K, G, tile, H)
+        start = (nothing_KQ + HIDDEN, nothing_KQ, jnp.zeros((K, H, G * tile), jnp.float32))
+        top_KQ, sum_KQ, out_KHQ = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
+        out = (out_KHQ / sum_KQ[:, None]).reshape(1, K, H, G, tile)
         lse = (top_KQ + jnp.log(sum_KQ)).reshape(1, K, G, tile)
         # What lies behind the segment's end is the next one's, whose tiles are still to be written.
         return (
-            lax.dynamic_update_slice(out_RKGTH, out, (r, 0, 0, i, 0)),
+            lax.dynamic_update_slice(out_RKHGT, out, (r, 0, 0, 0, i)),
             lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, i)),
         )
 
-    start = (jnp.zeros(q_RKGTH.shape, jnp.float32), jnp.zeros(q_RKGTH.shape[:-1], jnp.float32))
-    out_RKGTH, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
-    out = checkpoint_name(_ungrouped(out_RKGTH).astype(q.dtype), "attention")
+    R, _, _, _, T = q_RKHGT.shape
+    start = (jnp.zeros(q_RKHGT.shape, jnp.float32), jnp.zeros((R, K, G, T), jnp.float32))
+    out_RKHGT, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
+    out = checkpoint_name(_tokens_first(out_RKHGT).astype(q.dtype), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
     return out, (*map(keep, (q, k, v, out)), segments, sight, lse_RKGT)
 
@@ -114,43 +115,45 @@ def _backward(tile: int, saved: Any, d_out: jax.Array):
     q, k, v, out = map(restore, kept)
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_RKGTH, k_RKTH, v_RKTH, d_out_RKGTH = _grouped(q, K), _heads_first(k), _heads_first(v), _grouped(d_out, K)
+    q_RKGTH, d_out_RKGTH = _grouped(q, K), _grouped(d_out, K)
+    q_RKHGT, d_out_RKHGT = _queries_last(q, K), _queries_last(d_out, K)
+    k_RKTH, k_RKHT, v_RKTH = _heads_first(k), _heads_first(k, tokens_last=True), _heads_first(v)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     inner_RKGT = _grouped(inner, K)[..., 0]
     tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
-        d_q_RKGTH, d_k_RKTH, d_v_RKTH = so_far
+        d_q_RKHGT, d_k_RKTH, d_v_RKTH = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         q_KQH, d_out_KQH = (_tile(x, r, i, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
+        q_KHQ, d_out_KHQ = (_tile(x, r, i, tile, axis=4).reshape(K, H, G * tile) for x in (q_RKHGT, d_out_RKHGT))
         lse_KQ, inner_KQ = (_tile(x, r, i, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
-
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
-        # Keys before queries: so the gradients of keys and values are products over the last axis of the left side.
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
-            d_q_KQH, d_k_RKTH, d_v_RKTH = sums
+            d_q_KHQ, d_k_RKTH, d_v_RKTH = sums
             j = first + m * tile
             k_KCH, v_KCH = _tile(k_RKTH, r, j, tile, axis=2), _tile(v_RKTH, r, j, tile, axis=2)
-            scores_KCQ = _dot("kch,kqh->kcq", k_KCH, q_KQH) * scale
+            k_KHC = _tile(k_RKHT, r, j, tile, axis=3)
+            scores_KCQ = _dot("kch,khq->kcq", k_KCH, q_KHQ) * scale
             seen_CQ = sight_Q.see(j + jnp.arange(tile)[:, None])
             probs_KCQ = jnp.where(seen_CQ, jnp.exp(scores_KCQ - lse_KQ), 0.0)
-            d_probs_KCQ = _dot("kch,kqh->kcq", v_KCH, d_out_KQH)
+            d_probs_KCQ = _dot("kch,khq->kcq", v_KCH, d_out_KHQ)
             d_scores_KCQ = (probs_KCQ * (d_probs_KCQ - inner_KQ) * scale).astype(q.dtype)
             d_k_RKTH = _add_to_tile(d_k_RKTH, _dot("kcq,kqh->kch", d_scores_KCQ, q_KQH), r, j)
             d_v_RKTH = _add_to_tile(d_v_RKTH, _dot("kcq,kqh->kch", probs_KCQ.astype(q.dtype), d_out_KQH), r, j)
-            return d_q_KQH + _dot("kcq,kch->kqh", d_scores_KCQ, k_KCH), d_k_RKTH, d_v_RKTH
+            return d_q_KHQ + _dot("khc,kcq->khq", k_KHC, d_scores_KCQ), d_k_RKTH, d_v_RKTH
 
-        start = (jnp.zeros((K, G * tile, H), jnp.float32), d_k_RKTH, d_v_RKTH)
-        d_q_KQH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
-        d_q = d_q_KQH.reshape(1, K, G, tile, H)
-        return lax.dynamic_update_slice(d_q_RKGTH, d_q, (r, 0, 0, i, 0)), d_k_RKTH, d_v_RKTH
+        start = (jnp.zeros((K, H, G * tile), jnp.float32), d_k_RKTH, d_v_RKTH)
+        d_q_KHQ, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
+        d_q = d_q_KHQ.reshape(1, K, H, G, tile)
+        return lax.dynamic_update_slice(d_q_RKHGT, d_q, (r, 0, 0, 0, i)), d_k_RKTH, d_v_RKTH
 
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
-    start = (jnp.zeros(q_RKGTH.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
-    d_q_RKGTH, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
+    start = (jnp.zeros(q_RKHGT.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
+    d_q_RKHGT, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
     d_k, d_v = _heads_first(d_k_RKTH).astype(k.dtype), _heads_first(d_v_RKTH).astype(v.dtype)
-    return _ungrouped(d_q_RKGTH).astype(q.dtype), d_k, d_v, None, None
+    return _tokens_first(d_q_RKHGT).astype(q.dtype), d_k, d_v, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -166,13 +169,19 @@ def _grouped(x_RTNH: jax.Array, K: int) -> jax.Array:
     return x_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
-def _ungrouped(x_RKGTH: jax.Array) -> jax.Array:
-    R, K, G, T, H = x_RKGTH.shape
-    return x_RKGTH.transpose(0, 3, 1, 2, 4).reshape(R, T, K * G, H)
+def _queries_last(x_RTNH: jax.Array, K: int) -> jax.Array:
+    """[R, T, N, H] as [R, K, H, G, T]."""
+    R, T, N, H = x_RTNH.shape
+    return x_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 4, 3, 1)
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
-    return x.swapaxes(1, 2)
+def _tokens_first(x_RKHGT: jax.Array) -> jax.Array:
+    R, K, H, G, T = x_RKHGT.shape
+    return x_RKHGT.transpose(0, 4, 1, 3, 2).reshape(R, T, K * G, H)
+
+
+def _heads_first(x: jax.Array, tokens_last: bool = False) -> jax.Array:
+    return x.transpose(0, 2, 3, 1) if tokens_last else x.swapaxes(1, 2)
 
 
 def _tile(x: jax.Array, r: jax.Array, i: jax.Array, tile: int, axis: int) -> jax.Array:
