@@ -20,9 +20,9 @@ class Packing:
     """The layout of rows: their tokens, rows in a microbatch, one example a row or several, the prompt once or K times.
 
     shorter: lengths below row_length that the rows of a batch may have instead, where that leaves fewer places empty.
-    Arrays have places for at least `microbatches` of the longest rows, or as many tokens in shorter ones: smaller
-    batches then keep the shape of the others, and no further program is compiled for them. score_prompt: whether a
-    prompt's tokens are scored too, once, all but its first.
+    Arrays have places for at least `microbatches` of the longest rows, or of as many shorter ones as hold no more
+    tokens: smaller batches then keep the shape of the others, and no further program is compiled for them.
+    score_prompt: whether a prompt's tokens are scored too, once, all but its first.
     """
 
     row_length: int
@@ -58,7 +58,7 @@ class Packing:
 
     def shape_of(self, T: int, num_microbatches: int) -> int:
         """Microbatches that arrays of rows of T tokens have places for."""
-        return max(bucket(num_microbatches), bucket(-(-self.microbatches * self.row_length // T)))
+        return max(bucket(num_microbatches), bucket(self.microbatches * self.row_length // T))
 
 
 class Place(NamedTuple):

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxpo.models.kept import recomputed
+from jaxpo.models.kept import named_anywhere, recomputed
 from jaxpo.models.product import PRODUCT, linears
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -178,13 +177,21 @@ class Attention(nnx.Module):
         q_RTNH, k_RTKH, v_RTKH = together(x_RTD, self.query, self.key, self.value)
         if self.query_norm is not None and self.key_norm is not None:
             q_RTNH, k_RTKH = self.query_norm(q_RTNH), self.key_norm(k_RTKH)
-        q_RTNH, k_RTKH, v_RTKH = (checkpoint_name(x, "qkv") for x in (rotate(q_RTNH), rotate(k_RTKH), v_RTKH))
+        q_RTNH, k_RTKH, v_RTKH = (named_anywhere(x, "qkv") for x in (rotate(q_RTNH), rotate(k_RTKH), v_RTKH))
         out_RTNH, cache = attend(q_RTNH, k_RTKH, v_RTKH, cache)
-        return self.out(checkpoint_name(out_RTNH, "attention")), cache
+        return self.out(out_RTNH), cache
+
+
+def _gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
+    return (activation(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def _activated(activation: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return activation(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)); what lies between the products is computed in float32 and rounded once."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: Any):
         D, F = config.width, config.mlp_width
@@ -195,13 +202,12 @@ class GatedMLP(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
-        activation = ACTIVATIONS[self.activation]
         gate_RTF, up_RTF = together(x_RTD, self.gate, self.up)
-        return self.down(recomputed(lambda gate, up: activation(gate) * up)(gate_RTF, up_RTF))
+        return self.down(recomputed(partial(_gated, ACTIVATIONS[self.activation]))(gate_RTF, up_RTF))
 
 
 class PlainMLP(nnx.Module):
-    """down(activation(up(x)))."""
+    """down(activation(up(x))); the activation is computed in float32."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array, dtype: Any):
         D, F = config.width, config.mlp_width
@@ -211,7 +217,7 @@ class PlainMLP(nnx.Module):
         self.activation: Activation = config.activation
 
     def __call__(self, x_RTD: jax.Array) -> jax.Array:
-        return self.down(recomputed(ACTIVATIONS[self.activation])(self.up(x_RTD)))
+        return self.down(recomputed(partial(_activated, ACTIVATIONS[self.activation]))(self.up(x_RTD)))
 
 
 MLPS = {"gated": GatedMLP, "plain": PlainMLP}
@@ -301,7 +307,7 @@ class Decoder(nnx.Module):
 
         def layer(x: jax.Array, block_and_cache: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, layer_cache = block_and_cache
-            return block(x, rotate, attend, layer_cache)
+            return block(named_anywhere(x, "input"), rotate, attend, layer_cache)
 
         x_RTD, cache = jax.lax.scan(_rematerialised(layer, remat), x_RTD, (self.blocks, cache), unroll=unroll)
         return self.final_norm(x_RTD), cache
@@ -402,14 +408,14 @@ def _rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., An
         case "none":
             return layer
         case "full":
-            policy = policies.nothing_saveable
+            policy = policies.save_only_these_names("input")
         case "dots":
-            policy = policies.save_only_these_names(PRODUCT, "attention")
+            policy = policies.save_only_these_names("input", PRODUCT, "attention")
         case "attention":
-            policy = policies.save_only_these_names("qkv", "attention")
+            policy = policies.save_only_these_names("input", "qkv", "attention")
         case "offload":
             policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
+                names_which_can_be_saved=["input"],
                 names_which_can_be_offloaded=["qkv", "attention"],
                 offload_src="device",
                 offload_dst="pinned_host",

@@ -1,12 +1,13 @@
 """What a layer keeps for its backward pass, and what it computes again."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -28,6 +29,20 @@ def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     once.defvjp(forward, backward)
     return once
+
+
+def named(x: jax.Array, name: str) -> jax.Array:
+    """x under a name that a policy of `jax.checkpoint` may say to keep. For forward passes of a custom_vjp only."""
+    return restore(checkpoint_name(keep(x), name))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def named_anywhere(x: jax.Array, name: str) -> jax.Array:
+    """As `named`, which integers keep from passing gradients on by itself."""
+    return named(x, name)
+
+
+named_anywhere.defvjp(lambda x, name: (named(x, name), None), lambda _name, _kept, gradient: (gradient,))
 
 
 def kept_as_integers(x: jax.Array) -> bool:

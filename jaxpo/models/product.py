@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from jaxpo.models.kept import keep, kept_as_integers, restore
+from jaxpo.models.kept import keep, kept_as_integers, named, restore
 
 # The name of what comes out, for policies that say what is kept.
 PRODUCT = "product"
@@ -34,30 +33,38 @@ def linears(x: jax.Array, kernels: Sequence[jax.Array], num_input_axes: int) -> 
 
 
 def _named_products(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> list[jax.Array]:
-    return [
-        checkpoint_name(contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype), PRODUCT)
-        for kernel_IO in kernels_IO
-    ]
+    return [named(contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype), PRODUCT) for kernel_IO in kernels_IO]
 
 
 _products = jax.custom_vjp(_named_products)
 
 
 def _forward(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
-    # A CPU multiplies in bfloat16 by rows of the left side only, which is x's other side when weights get gradients.
-    return _named_products(x_NI, kernels_IO), (keep(x_NI.T) if kept_as_integers(x_NI) else x_NI, kernels_IO)
+    return _named_products(x_NI, kernels_IO), (keep(x_NI), kernels_IO)
 
 
 def _backward(saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     kept, kernels_IO = saved
     pairs = list(zip(d_ys_NO, kernels_IO, strict=True))
-    x_NI, axis = (kept, 0) if kept.dtype == d_ys_NO[0].dtype else (restore(kept), 1)
-    d_kernels_IO = [contract(x_NI, d_y_NO, axis, 0, kernel_IO.dtype) for d_y_NO, kernel_IO in pairs]
+    # A CPU multiplies in bfloat16 by rows of the left side only, which here is x's other side.
+    x, axis = (restore(turned(kept)), 1) if kept_as_integers(restore(kept)) else (kept, 0)
+    d_kernels_IO = [contract(x, d_y_NO, axis, 0, kernel_IO.dtype) for d_y_NO, kernel_IO in pairs]
     parts = [contract(d_y_NO, kernel_IO.astype(d_y_NO.dtype), 1, 1, d_y_NO.dtype) for d_y_NO, kernel_IO in pairs]
     return functools.reduce(jnp.add, parts), d_kernels_IO
 
 
 _products.defvjp(_forward, _backward)
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """The transpose of a matrix of unsigned integers, written to memory.
+
+    Left to itself, XLA has a product read its operand by columns instead, before it looks for a kernel that multiplies
+    bfloat16, and finds none. It cannot tell that the slice taken here is the whole.
+    """
+    none = (x[0, 0] >> (x.dtype.itemsize * 8 - 1)) >> 1
+    wider = jnp.pad(x.T, ((0, 1), (0, 0)))
+    return lax.dynamic_slice(wider, (none.astype(jnp.int32), jnp.int32(0)), x.shape[::-1])
 
 
 def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpo.models.kept import keep, kept_as_integers, restore
-from jaxpo.models.product import contract
+from jaxpo.models.product import contract, turned
 
 
 @dataclass(frozen=True)
@@ -119,14 +119,16 @@ def _over_words(blocks: Blocks, V: int, body: Callable[[Words, Any], Any], carry
     return lax.fori_loop(0, -(-V // size), of_block, carry)
 
 
-def _over_tokens(blocks: Blocks, used: jax.Array, body: Callable[[jax.Array, int, Any], Any], carry: Any) -> Any:
+def _over_tokens(
+    blocks: Blocks, S: int, used: jax.Array, body: Callable[[jax.Array, int, Any], Any], carry: Any
+) -> Any:
     """Carry through the blocks of columns that hold a used one: where each begins and its number of columns."""
 
     def of_blocks(first: jax.Array, size: int, count: jax.Array, carry: Any) -> Any:
         return lax.fori_loop(0, count, lambda i, c: body(first + i * size, size, c), carry)
 
     first = jnp.zeros_like(used)
-    for size in blocks.tokens:
+    for size in (size for size in blocks.tokens if size <= S):
         rest = size - 1 if size == blocks.tokens[-1] else 0
         count = lax.div(used - first + rest, jnp.asarray(size, used.dtype))
         carry = of_blocks(first, size, count, carry)
@@ -146,8 +148,10 @@ def _put_columns(array_RS: jax.Array, columns: jax.Array, first: jax.Array) -> j
 
 
 class Sums(NamedTuple):
-    """What is known of each token [R, S] after some of the words: the largest logit z, the sum of exp(z - largest), that
-    of its squares if confidence is asked for, and the label's logit, 0 until its block has come.
+    """What is known of each token [R, S] after some of the words.
+
+    The largest logit z, the sum of exp(z - largest), that of its squares if confidence is asked for, and the label's
+    logit, 0 until its block has come.
     """
 
     largest: jax.Array
@@ -162,10 +166,8 @@ def _scores(blocks, confidence, hidden_RSD, head_VD, labels_RS, used) -> TokenSc
 
 
 def _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
-    rounded_VD = head_VD.astype(hidden_RSD.dtype)
-
     def of_words(words: Words, sums_RS: Sums) -> Sums:
-        words_WD = words.of(rounded_VD)
+        words_WD = words.of(head_VD).astype(hidden_RSD.dtype)
 
         def of_tokens(first: jax.Array, size: int, sums_RS: Sums) -> Sums:
             before = jax.tree.map(lambda field: _columns(field, first, size), sums_RS)
@@ -182,7 +184,7 @@ def _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
             )
             return jax.tree.map(lambda field, part: _put_columns(field, part, first), sums_RS, after)
 
-        return _over_tokens(blocks, used, of_tokens, sums_RS)
+        return _over_tokens(blocks, labels_RS.shape[1], used, of_tokens, sums_RS)
 
     nothing_RS = jnp.zeros(labels_RS.shape, jnp.float32)
     start = Sums(nothing_RS - jnp.inf, nothing_RS, nothing_RS if confidence else None, nothing_RS)
@@ -204,14 +206,12 @@ def _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
 def _scores_backward(blocks, confidence, saved, gradients):
     hidden_RSD, head_VD, labels_RS, used, lse_RS = saved
     dtype, (R, S, D) = hidden_RSD.dtype, hidden_RSD.shape
-    rounded_VD = head_VD.astype(dtype)
-    # A CPU multiplies in bfloat16 by rows of the left side only, which of the words are columns here.
-    by_columns = kept_as_integers(rounded_VD) and blocks.words is not None
-    rounded_DV = keep(rounded_VD.T) if by_columns else None
 
     def of_words(words: Words, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         d_hidden_DRS, d_head_VD = so_far
-        words_WD = words.of(rounded_VD)
+        words_WD = words.of(head_VD).astype(dtype)
+        # A CPU multiplies in bfloat16 by rows of the left side only, and the words are to be on its other side.
+        turned_words, side = (restore(turned(keep(words_WD))), 1) if kept_as_integers(words_WD) else (words_WD, 0)
 
         def of_tokens(first: jax.Array, size: int, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             d_hidden_DRS, d_words_WD = so_far
@@ -219,16 +219,13 @@ def _scores_backward(blocks, confidence, saved, gradients):
             probs_WN = jnp.exp(words.logits(words_WD, hidden_ND) - lse_N)
             onehot_WN = words.are(_columns(labels_RS, first, size)).astype(jnp.float32)
             d_logits_WN = (g_N * (onehot_WN - probs_WN)).astype(dtype)
-            if rounded_DV is None:
-                d_hidden_DN = contract(words_WD, d_logits_WN, 0, 0, jnp.float32)
-            else:
-                d_hidden_DN = contract(restore(words.of(rounded_DV, axis=1)), d_logits_WN, 1, 0, jnp.float32)
+            d_hidden_DN = contract(turned_words, d_logits_WN, side, 0, jnp.float32)
             at = (0, 0, first)
             d_hidden_DRN = lax.dynamic_slice(d_hidden_DRS, at, (D, R, size)) + d_hidden_DN.reshape(D, R, size)
             d_words_WD += contract(d_logits_WN, hidden_ND, 1, 0, jnp.float32)
             return lax.dynamic_update_slice(d_hidden_DRS, d_hidden_DRN, at), d_words_WD
 
-        d_hidden_DRS, d_words_WD = _over_tokens(blocks, used, of_tokens, (d_hidden_DRS, words.of(d_head_VD)))
+        d_hidden_DRS, d_words_WD = _over_tokens(blocks, S, used, of_tokens, (d_hidden_DRS, words.of(d_head_VD)))
         return d_hidden_DRS, words.put(d_head_VD, d_words_WD)
 
     zeros = (jnp.zeros((D, R, S), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))

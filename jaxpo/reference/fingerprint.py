@@ -20,7 +20,7 @@ from jaxpo.errors import UserError
 
 # To be raised by whoever changes how a log-prob comes about (attention, rotary tables, norms, accumulation of logits,
 # log-softmax) by more than the rounding that another mesh or row length brings too: every stored table then misses.
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 
 COMPLETION_LOGPROB_SUM = "completion_logprob_sum"
 # Over as many tokens as the example's shortest completion has.

@@ -91,9 +91,8 @@ def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
             return add(so_far, gradient(decoder, microbatch(batch, i), carry))
 
         if batch.lengths.shape[0] == 1:
-            # Nothing to add up: no accumulators to fill and to read again.
-            value, grads = gradient(decoder, microbatch(batch, jnp.int32(0)), carry)
-            return value, as_float32(grads)
+            # Nothing to add up: no accumulators to fill and to read again, nor a copy of the gradient in float32.
+            return gradient(decoder, microbatch(batch, jnp.int32(0)), carry)
         zero, _ = zeros_like_output(gradient, decoder, microbatch(batch, jnp.int32(0)), carry)
         return lax.fori_loop(0, batch.num_microbatches, accumulate, (zero, zero_gradients(decoder)))
 
@@ -120,7 +119,7 @@ def whole_batch(objective: Objective, scorer: Scorer) -> Gradients:
             scores = jax.tree.map(lambda s: s[None], scores)
             value, slopes = jax.value_and_grad(of_scores, has_aux=True)(scores)
             (grads,) = of_microbatch(jax.tree.map(lambda s: s[0], slopes))
-            return value, as_float32(grads)
+            return value, grads
         scores = all_scores(scorer, decoder, batch)
         value, slopes = jax.value_and_grad(of_scores, has_aux=True)(scores)
         return value, pull_back(scorer, decoder, batch, slopes)

@@ -1,6 +1,7 @@
 """From token scores to sums per completion, and the scorer as a whole against one sequence at a time."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -13,18 +14,28 @@ from hypothesis import strategies as st
 from jaxpo.batch import Completions, Example, PackedBatch, Statistic
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.decoder import Decoder
+from jaxpo.objectives.logprobs import Blocks
 from jaxpo.objectives.score import Scorer, Scores, completions_of, head_blocks, microbatch, sum_by_slot
 
 
 @given(row_length=st.integers(1, 5000), rows=st.integers(1, 2000), platform=st.sampled_from(["cpu", "gpu"]))
-def test_head_blockss_cover_the_row_without_one_to_spare(row_length: int, rows: int, platform: str) -> None:
-    chunk = head_blocks(row_length, rows, platform)
-    chunks = -(-row_length // chunk)
-    assert chunks * chunk - row_length < chunks
-    assert chunk * rows <= max({"cpu": 120, "gpu": 1024}[platform], rows)
+def test_blocks_of_the_head_are_no_larger_than_a_row_and_than_they_may_be(
+    row_length: int, rows: int, platform: str
+) -> None:
+    sizes = head_blocks(row_length, rows, platform, 1).tokens
+    assert min(sizes) >= 1 and max(sizes) <= row_length
+    assert max(sizes) * rows <= max(1024, rows * (8 if platform == "cpu" else 1))
+    assert all(larger % smaller == 0 for larger, smaller in pairwise(sizes))
 
 
-def test_a_head_blocks_takes_as_much_as_it_may() -> None:
+@given(row_length=st.integers(1, 5000), rows=st.integers(1, 2000))
+def test_an_accelerator_s_blocks_cover_the_row_without_one_to_spare(row_length: int, rows: int) -> None:
+    (block,) = head_blocks(row_length, rows, "gpu", 1).tokens
+    number = -(-row_length // block)
+    assert number * block - row_length < number
+
+
+def test_a_block_of_the_head_takes_as_much_as_it_may() -> None:
     sizes = {
         (2048, 1): 128,
         (2048, 4): 128,
@@ -34,8 +45,14 @@ def test_a_head_blocks_takes_as_much_as_it_may() -> None:
         (8192, 8): 128,
         (100, 1): 100,
     }
-    assert {size: head_blocks(*size, "tpu") for size in sizes} == sizes
-    assert [head_blocks(2048, 1, "cpu"), head_blocks(2048, 4, "cpu"), head_blocks(100, 1, "cpu")] == [114, 30, 100]
+    assert {size: head_blocks(*size, "tpu", 4) for size in sizes} == {k: Blocks((v,)) for k, v in sizes.items()}
+    assert head_blocks(2048, 1, "cpu", 1) == Blocks((1024, 128), 4096)
+    assert head_blocks(2048, 4, "cpu", 1) == Blocks((256, 32), 4096)
+    assert head_blocks(100, 1, "cpu", 1) == Blocks((100,), 4096)
+
+
+def test_words_that_lie_on_several_devices_meet_the_head_together() -> None:
+    assert head_blocks(2048, 1, "cpu", 2).words is None
 
 
 @settings(deadline=None, max_examples=20)
@@ -145,7 +162,7 @@ def test_packed_scores_are_those_of_sequences_alone(
     batch, places = pack(examples, None, packing)
     assert max(place.slot for place in places) > 0
     assert int(batch.num_microbatches) == 1
-    scores = score(Scorer("float32", "none", 64, EVERYTHING), small_decoder, batch)
+    scores = score(Scorer("float32", "none", Blocks((64,)), EVERYTHING), small_decoder, batch)
     taken = {(place.row, place.slot) for place in places}
     for name, wanted in one_by_one.items():
         values = np.asarray(getattr(scores, name))
@@ -168,8 +185,8 @@ def score(scorer: Scorer, decoder: Any, batch: Any) -> Scores:
 
 def test_what_is_not_asked_for_is_zero(small_decoder: Decoder, pairs: list[Example]) -> None:
     batch, _ = pack(pairs, None, Packing(256, 16))
-    plain = score(Scorer("float32", "none", 64), small_decoder, batch)
-    everything = score(Scorer("float32", "none", 64, EVERYTHING), small_decoder, batch)
+    plain = score(Scorer("float32", "none", Blocks((64,))), small_decoder, batch)
+    everything = score(Scorer("float32", "none", Blocks((64,)), EVERYTHING), small_decoder, batch)
     np.testing.assert_array_equal(plain.logps, everything.logps)
     assert not np.any(plain.shared)
     assert not np.any(plain.confidence)
@@ -187,7 +204,7 @@ def test_rewards_are_those_of_the_last_token_of_each_sequence(
     hidden = sequence_tables(decoder)
     batch, places = pack(examples, None, Packing(256, 16, share_prompt=share_prompt))
     rewards: frozenset[Statistic] = frozenset({"rewards"})
-    scores = score(Scorer("float32", "none", 64, rewards), decoder, batch)
+    scores = score(Scorer("float32", "none", Blocks((64,)), rewards), decoder, batch)
     K = len(examples[0].completions)
     wanted = np.zeros((len(examples), K))
     for (n, k), _ in np.ndenumerate(wanted):

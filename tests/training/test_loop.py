@@ -22,6 +22,7 @@ from jaxpo.data.pack import Packing, pack
 from jaxpo.errors import UserError
 from jaxpo.models.decoder import Decoder
 from jaxpo.objectives import DPO
+from jaxpo.objectives.logprobs import Blocks
 from jaxpo.objectives.score import Scorer
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.control import Control
@@ -48,7 +49,9 @@ def optimizer(decoder: Decoder, rate: float) -> tuple[OptimizerConfig, Any]:
 
 def make_step(decoder: Decoder, rate: float) -> TrainStep:
     transform = optimizer(decoder, rate)[1]
-    return jax.jit(make_train_step(DPO(), Scorer("float32", "none", 128), transform, Control()), donate_argnums=0)
+    return jax.jit(
+        make_train_step(DPO(), Scorer("float32", "none", Blocks((128,))), transform, Control()), donate_argnums=0
+    )
 
 
 @pytest.fixture(scope="module")

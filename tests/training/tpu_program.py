@@ -91,7 +91,11 @@ def main(topology: str, fsdp: int, tensor: int) -> None:
                 "kernels": program.count('custom_call_target="tpu_custom_call"'),
                 "square": [shape for shape in shapes if shape[-2:] == (ROW, ROW)],
                 "logits": max(
-                    [int(np.prod(s)) for s in shapes if s[0] in (VOCABULARY, VOCABULARY // tensor) and len(s) > 1 and s[1] != CONFIG.width]
+                    [
+                        int(np.prod(s))
+                        for s in shapes
+                        if s[0] in (VOCABULARY, VOCABULARY // tensor) and len(s) > 1 and s[1] != CONFIG.width
+                    ]
                 ),
                 "arguments": memory.argument_size_in_bytes,
                 "peak": memory.peak_memory_in_bytes,

@@ -21,7 +21,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpo.models.attention.context import Context, Ranges, changes, filled, ranges
-from jaxpo.models.kept import keep, restore
+from jaxpo.models.kept import keep, named, restore
 
 TILE = 128
 # The score of a key out of sight: finite, so that a row of them gives no NaN.
@@ -105,7 +105,7 @@ def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.
     R, _, _, _, T = q_RKHGT.shape
     start = (jnp.zeros(q_RKHGT.shape, jnp.float32), jnp.zeros((R, K, G, T), jnp.float32))
     out_RKHGT, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
-    out = checkpoint_name(_tokens_first(out_RKHGT).astype(q.dtype), "attention")
+    out = named(_tokens_first(out_RKHGT).astype(q.dtype), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
     return out, (*map(keep, (q, k, v, out)), segments, sight, lse_RKGT)
 

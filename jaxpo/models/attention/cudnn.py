@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.models.attention.context import Context, filled, visible
+from jaxpo.models.kept import named_anywhere
 
 
 def attention(
@@ -19,7 +20,9 @@ def attention(
     context = Context(*(filled(field, T % 2) for field in context))
     places = jnp.arange(q.shape[1])
     mask_R1TT = visible(context, places, context, places, window)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T]
+    return named_anywhere(
+        jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T], "attention"
+    )
 
 
 def supports(compute_dtype: str, head_dim: int) -> bool:

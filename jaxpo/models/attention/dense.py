@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.models.attention.context import Context, visible
+from jaxpo.models.kept import named_anywhere
 
 
 def attention(
@@ -20,4 +21,4 @@ def attention(
         mask_R1TT = visible(context, places_T, context, places_T, window)[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="xla")
 
-    return masked(q_RTNH, k_RTKH, v_RTKH, context)
+    return named_anywhere(masked(q_RTNH, k_RTKH, v_RTKH, context), "attention")
