@@ -116,7 +116,7 @@ CORE = ["jaxpo.objectives.losses", "jaxpo.objectives.logprobs", "jaxpo.models.pr
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_numerical_core_needs_jax_only(name: str) -> None:
-    standard = {"functools", "math", "typing", "collections.abc", *CORE}
+    standard = {"collections.abc", "dataclasses", "functools", "itertools", "math", "typing", *CORE}
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     needed = {imported_name.split(".")[0] for _, imported_name in imported(tree, name) if imported_name not in standard}
     assert needed == {"jax"}

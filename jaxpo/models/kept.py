@@ -1,7 +1,7 @@
 """What a layer keeps for its backward pass, and what it computes again."""
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import jax
@@ -36,13 +36,14 @@ def named(x: jax.Array, name: str) -> jax.Array:
     return restore(checkpoint_name(keep(x), name))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def named_anywhere(x: jax.Array, name: str) -> jax.Array:
-    """As `named`, which integers keep from passing gradients on by itself."""
-    return named(x, name)
+    """As `named`, which by itself passes no gradient on: integers have none."""
+    same: Any = _named(x, name)
+    return same
 
 
-named_anywhere.defvjp(lambda x, name: (named(x, name), None), lambda _name, _kept, gradient: (gradient,))
+_named = jax.custom_vjp(named, nondiff_argnums=(1,))
+_named.defvjp(lambda x, name: (named(x, name), None), lambda _name, _kept, gradient: (gradient,))
 
 
 def kept_as_integers(x: jax.Array) -> bool:

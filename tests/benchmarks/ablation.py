@@ -110,11 +110,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, str(SHARED / "peers" / "hh_pairs.py"), str(DATA), str(rows), str(arguments.batch)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         config = Path(folder) / "dpo.yaml"
-        remat = "dots" if arguments.dtype == "float32" else "none"
         config.write_text(
             json.dumps(
                 {
-                    "model": {"path": str(MODEL), "compute_dtype": arguments.dtype, "remat": remat},
+                    "model": {"path": str(MODEL), "compute_dtype": arguments.dtype, "remat": "dots"},
                     "data": {"train": [{"path": str(rows)}], "max_length": 1024, "cache_dir": folder},
                     "objective": {"name": "dpo"},
                     "training": {"batch_size": arguments.batch},

@@ -101,10 +101,8 @@ def last_json(text: str) -> Any:
 
 def jaxpo(rows: Path, pairs: int, batch: int, dtype: str, work: Path) -> Result:
     folder = Path(tempfile.mkdtemp(dir=work))
-    # In float32 it is faster on a CPU to compute again what is no product than to write and read it.
-    remat = "dots" if dtype == "float32" else "none"
     config = {
-        "model": {"path": str(MODEL), "compute_dtype": dtype, "remat": remat},
+        "model": {"path": str(MODEL), "compute_dtype": dtype, "remat": "dots"},
         "data": {
             "train": [{"path": str(rows), "limit": pairs}],
             "max_length": MAX_LENGTH,

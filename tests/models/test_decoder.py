@@ -104,20 +104,22 @@ def test_no_gradient_reaches_another_example_a_sibling_or_padding(model: Callabl
     assert touched == {*A[0], *A[1][0]}
 
 
-def test_remat_changes_memory_not_gradients(model: Callable[..., Scratch]) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_remat_changes_memory_not_gradients(model: Callable[..., Scratch], dtype: str, tolerance: float) -> None:
     decoder = model(num_hidden_layers=3).decoder
     row = pack([A, B])
 
     def loss(decoder: Decoder, remat: Remat) -> jax.Array:
-        return jnp.sum(jnp.sin(hidden(decoder, row, remat)))
+        return jnp.sum(jnp.sin(hidden(decoder, row, remat, dtype).astype(jnp.float32)))
 
     def kept(remat: Remat) -> int:
-        pull = jax.eval_shape(lambda d: jax.vjp(lambda d: hidden(d, row, remat), d)[1], decoder)
-        return sum(np.size(leaf) for leaf in jax.tree.leaves(pull))
+        pull = jax.eval_shape(lambda d: jax.vjp(lambda d: hidden(d, row, remat, dtype), d)[1], decoder)
+        return sum(np.size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
 
     expected, *others = (jax.jit(jax.grad(partial(loss, remat=remat)))(decoder) for remat in REMATS)
     for gradient in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, gradient)
+        for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(gradient), strict=True):
+            assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a)
     assert kept("full") < kept("attention") < kept("dots") < kept("none")
     assert kept("offload") == kept("attention")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpo.models.kept import keep, recomputed, restore
-from jaxpo.models.product import linears
+from jaxpo.models.kept import keep, named_anywhere, recomputed, restore
+from jaxpo.models.product import linears, turned
 
 
 def linear(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
@@ -103,3 +103,20 @@ def test_kept_and_restored_to_the_bit(dtype: str) -> None:
     assert np.asarray(again).tobytes() == np.asarray(x).tobytes()
     # On the CPU, where the suite runs, bfloat16 is kept as integers: no loop over layers converts all that it stacks.
     assert keep(x).dtype == (jnp.uint16 if dtype == "bfloat16" else jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+def test_turned_is_the_transpose(dtype: type) -> None:
+    """Whatever stands in the first place, from which the start of a slice is made."""
+    for first in (0, 1, np.iinfo(dtype).max):
+        x = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (5, 9), dtype=dtype)
+        x[0, 0] = first
+        np.testing.assert_array_equal(jax.jit(turned)(jnp.asarray(x)), x.T)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_name_passes_values_and_gradients_on(dtype: str) -> None:
+    x = jnp.asarray(normal(0, 4, 6), dtype)
+    value, slope = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(named_anywhere(x, "name"))))(x)
+    assert value == jnp.sum(jnp.sin(x))
+    np.testing.assert_array_equal(slope, jnp.cos(x))

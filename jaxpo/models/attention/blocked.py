@@ -8,6 +8,10 @@ and on a CPU it is the fastest there is.
 Tiles begin where segments do, so what comes out for a token does not depend, to the bit, on what else is in its row: a
 policy equal to its reference has the reference's log-probs, also in bfloat16.
 
+Keys come before queries in scores, and queries, keys and gradients are at hand in both orders, so that each product
+takes rows on its left and columns on its right, and a maximum or a sum goes over the first axis: on a CPU anything else
+is several times slower.
+
 Shape legend: R rows, T tokens of a row, C tokens of a tile, N query heads, K key and value heads, G = N / K heads of
 queries to one of keys, H head size. Inside, tokens are the axis before H.
 """
