@@ -46,14 +46,21 @@ def _forward(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> tuple[list[jax.Arr
 def _backward(saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     kept, kernels_IO = saved
     pairs = list(zip(d_ys_NO, kernels_IO, strict=True))
-    # A CPU multiplies in bfloat16 by rows of the left side only, which here is x's other side.
-    x, axis = (restore(turned(kept)), 1) if kept_as_integers(restore(kept)) else (kept, 0)
+    x, axis = summed_over_rows(restore(kept))
     d_kernels_IO = [contract(x, d_y_NO, axis, 0, kernel_IO.dtype) for d_y_NO, kernel_IO in pairs]
     parts = [contract(d_y_NO, kernel_IO.astype(d_y_NO.dtype), 1, 1, d_y_NO.dtype) for d_y_NO, kernel_IO in pairs]
     return functools.reduce(jnp.add, parts), d_kernels_IO
 
 
 _products.defvjp(_forward, _backward)
+
+
+def summed_over_rows(x: jax.Array) -> tuple[jax.Array, int]:
+    """A matrix for the left side of a product over its first axis, and the axis that this is of what is returned.
+
+    A CPU multiplies bfloat16 by rows of the left side only: there the matrix is turned first.
+    """
+    return (restore(turned(keep(x))), 1) if kept_as_integers(x) else (x, 0)
 
 
 def turned(x: jax.Array) -> jax.Array:

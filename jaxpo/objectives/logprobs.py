@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpo.models.kept import keep, kept_as_integers, restore
-from jaxpo.models.product import contract, turned
+from jaxpo.models.product import contract, summed_over_rows
 
 
 @dataclass(frozen=True)
@@ -210,8 +209,7 @@ def _scores_backward(blocks, confidence, saved, gradients):
     def of_words(words: Words, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         d_hidden_DRS, d_head_VD = so_far
         words_WD = words.of(head_VD).astype(dtype)
-        # A CPU multiplies in bfloat16 by rows of the left side only, and the words are to be on its other side.
-        turned_words, side = (restore(turned(keep(words_WD))), 1) if kept_as_integers(words_WD) else (words_WD, 0)
+        left, axis = summed_over_rows(words_WD)
 
         def of_tokens(first: jax.Array, size: int, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             d_hidden_DRS, d_words_WD = so_far
@@ -219,7 +217,7 @@ def _scores_backward(blocks, confidence, saved, gradients):
             probs_WN = jnp.exp(words.logits(words_WD, hidden_ND) - lse_N)
             onehot_WN = words.are(_columns(labels_RS, first, size)).astype(jnp.float32)
             d_logits_WN = (g_N * (onehot_WN - probs_WN)).astype(dtype)
-            d_hidden_DN = contract(turned_words, d_logits_WN, side, 0, jnp.float32)
+            d_hidden_DN = contract(left, d_logits_WN, axis, 0, jnp.float32)
             at = (0, 0, first)
             d_hidden_DRN = lax.dynamic_slice(d_hidden_DRS, at, (D, R, size)) + d_hidden_DN.reshape(D, R, size)
             d_words_WD += contract(d_logits_WN, hidden_ND, 1, 0, jnp.float32)

@@ -91,7 +91,7 @@ def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
             return add(so_far, gradient(decoder, microbatch(batch, i), carry))
 
         if batch.lengths.shape[0] == 1:
-            # Nothing to add up: no accumulators to fill and to read again, nor a copy of the gradient in float32.
+            # Nothing to add up: no accumulators to fill and to read again.
             return gradient(decoder, microbatch(batch, jnp.int32(0)), carry)
         zero, _ = zeros_like_output(gradient, decoder, microbatch(batch, jnp.int32(0)), carry)
         return lax.fori_loop(0, batch.num_microbatches, accumulate, (zero, zero_gradients(decoder)))

@@ -13,7 +13,7 @@ takes rows on its left and columns on its right, and a maximum or a sum goes ove
 is several times slower.
 
 Shape legend: R rows, T tokens of a row, C tokens of a tile, N query heads, K key and value heads, G = N / K heads of
-queries to one of keys, H head size. Inside, tokens are the axis before H.
+queries to one of keys, H head size.
 """
 
 from functools import partial
@@ -75,7 +75,7 @@ def _attention(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: ja
 def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges):
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_RKHGT, k_RKTH, v_RKHT = _queries_last(q, K), _heads_first(k), _heads_first(v, tokens_last=True)
+    q_RKHGT, k_RKTH, v_RKHT = _queries_last(q, K), _heads_first(k), _tokens_last(v)
     tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -121,7 +121,7 @@ def _backward(tile: int, saved: Any, d_out: jax.Array):
     G, scale = q.shape[2] // K, H**-0.5
     q_RKGTH, d_out_RKGTH = _grouped(q, K), _grouped(d_out, K)
     q_RKHGT, d_out_RKHGT = _queries_last(q, K), _queries_last(d_out, K)
-    k_RKTH, k_RKHT, v_RKTH = _heads_first(k), _heads_first(k, tokens_last=True), _heads_first(v)
+    k_RKTH, k_RKHT, v_RKTH = _heads_first(k), _tokens_last(k), _heads_first(v)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     inner_RKGT = _grouped(inner, K)[..., 0]
     tiles = tiles_of(segments, tile)
@@ -184,8 +184,12 @@ def _tokens_first(x_RKHGT: jax.Array) -> jax.Array:
     return x_RKHGT.transpose(0, 4, 1, 3, 2).reshape(R, T, K * G, H)
 
 
-def _heads_first(x: jax.Array, tokens_last: bool = False) -> jax.Array:
-    return x.transpose(0, 2, 3, 1) if tokens_last else x.swapaxes(1, 2)
+def _heads_first(x: jax.Array) -> jax.Array:
+    return x.swapaxes(1, 2)
+
+
+def _tokens_last(x: jax.Array) -> jax.Array:
+    return x.transpose(0, 2, 3, 1)
 
 
 def _tile(x: jax.Array, r: jax.Array, i: jax.Array, tile: int, axis: int) -> jax.Array:
