@@ -337,7 +337,8 @@ def _always(a: Answers, advice: Advice) -> Iterator[str]:
     if a.tight:
         yield (
             "Training holds one model, whatever the objective. Less memory: a smaller data.max_length and "
-            "training.row_length, model.remat=full (the default), training.rows_per_device=1 (the default)."
+            "training.row_length, model.remat=full (the default), training.rows_per_device=1 (the default), "
+            "optimizer.offload=true."
         )
     if a.reward and a.data != "prompts" and a.goal == "policy":
         yield (

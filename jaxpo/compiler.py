@@ -7,13 +7,21 @@ import jax
 YNN = "--xla_cpu_experimental_ynn_fusion_type"
 # The releases of jaxlib that know the flag; XLA ends the process over one that it does not know.
 KNOWN = ((0, 10), (0, 13))
+# Devices simulated on a CPU share one pool of threads and wait for each other on it, each for a collective of every
+# loop that it is in. XLA makes as many threads as there are devices; once all of them wait, each for others that have
+# no thread left to come, XLA ends the process after 40 s. A loop of layers in one of microbatches needs two a device.
+THREADS_PER_DEVICE = 4
 
 
 def set_up(compute_dtype: str) -> None:
-    """Set the precision of products, and the kernels that a CPU takes for them."""
+    """Set the precision of products, the kernels that a CPU takes for them, and its threads."""
     # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
     jax.config.update("jax_default_matmul_precision", "highest" if compute_dtype == "float32" else None)
     os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""), compute_dtype, jax.__version_info__)
+    devices = int(jax.config.values["jax_num_cpu_devices"])
+    if devices > 1:
+        # Where XLA takes the size of its pool from.
+        os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * devices))
 
 
 def flags(given: str, compute_dtype: str, version: tuple[int, ...]) -> str:

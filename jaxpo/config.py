@@ -177,7 +177,8 @@ class OptimizerConfig:
 
     Weight decay spares biases and norms. warmup_steps takes the place of warmup_ratio. state_dtype: of the moments,
     null for that of the weights. rounding: of bfloat16 weights and moments after an update computed in float32;
-    `nearest` loses updates below a 256th of a weight, `stochastic` keeps them on average.
+    `nearest` loses updates below a 256th of a weight, `stochastic` keeps them on average. offload: moments lie in the
+    hosts' memory and cross to the devices for each update, for models that do not fit otherwise.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -191,6 +192,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.0
     state_dtype: Dtype | None = None
     rounding: Literal["nearest", "stochastic"] = "stochastic"
+    offload: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -84,6 +84,7 @@ def prepare(run: Run, folder: Path) -> Parts:
     packing = Packing(
         row_length=training.row_length,
         rows=training.rows_per_device * layout.batch_devices,
+        devices=layout.batch_devices,
         packed=training.packing,
         share_prompt=training.share_prompt,
         score_prompt="prompt" in run.objective.statistics,

@@ -137,7 +137,7 @@ class RewardModel:
         row_length = self._row_length(texts)
         shares = [share for n, text in enumerate(texts) for share in _shares(n, text, row_length)]
         most = bucket(max((len(share.answers) for share in shares), default=1))
-        packing = Packing(row_length, self.layout.batch_devices)
+        packing = Packing(row_length, self.layout.batch_devices, devices=self.layout.batch_devices)
         found = [np.zeros(len(text.completions), np.float32) for text in texts]
         # On GPUs and TPUs float32 products would be of fewer bits unless told otherwise.
         precision = "highest" if self.scorer.compute_dtype == "float32" else None

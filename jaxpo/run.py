@@ -42,6 +42,7 @@ from jaxpo.training.flops import step_flops
 from jaxpo.training.loop import Loop, Progress
 from jaxpo.training.metrics import Record
 from jaxpo.training.moving_reference import Reference, Sync, checkpointed, restored
+from jaxpo.training.offload import in_host_memory
 from jaxpo.training.optimizer import learning_rate, make_optimizer
 from jaxpo.training.step import TrainState, initial_carry, make_evaluation_step, make_train_step
 
@@ -245,7 +246,8 @@ def abstract_state(parts: Parts, optimizer: optax.GradientTransformation, contro
         carry = {name: jnp.float32(value) for name, value in initial_carry(parts.run.objective, control).items()}
         return TrainState(jnp.zeros((), jnp.int32), decoder, optimizer.init(decoder), carry)
 
-    return parts.layout.place(config, jax.eval_shape(start, abstract_decoder(config, parts.run.model.dtype)))
+    state = parts.layout.place(config, jax.eval_shape(start, abstract_decoder(config, parts.run.model.dtype)))
+    return state._replace(optimizer=in_host_memory(state.optimizer)) if parts.run.optimizer.offload else state
 
 
 def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:

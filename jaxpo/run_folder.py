@@ -33,6 +33,7 @@ FREE = (
     "model.remat",
     "model.unroll",
     "model.attention",
+    "optimizer.offload",
     "training.row_length",
     "training.row_shapes",
     "training.rows_per_device",

@@ -22,9 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("suite", derandomize=True)
 settings.load_profile("suite")
 
+jax.config.update("jax_num_cpu_devices", 8)
 # Both dtypes are tested in one process: the flags of one that are sound for the other too.
 compiler.set_up("bfloat16")
-jax.config.update("jax_num_cpu_devices", 8)
+# The threads of eight devices are none of the business of processes that tests start with one.
+jax.devices()
+os.environ.pop("NPROC", None)
 jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxpo/xla-tests").expanduser()))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

@@ -1,5 +1,6 @@
 """What XLA is told before a run touches a device."""
 
+import os
 import subprocess
 import sys
 
@@ -41,3 +42,23 @@ print(float(jax.jit(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)[-
 def test_sums_are_right(dtype: str) -> None:
     done = subprocess.run([sys.executable, "-c", SUMS.format(dtype=dtype)], capture_output=True, text=True, check=True)
     assert float(done.stdout) == 32768.0**2
+
+
+THREADS = """
+import jaxpo.compiler
+jaxpo.compiler.set_up("float32")
+import jax
+from pathlib import Path
+jax.devices()
+print(sum(task.read_text() == "tf_XLAEigen\\n" for task in Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize(("given", "expected"), [({}, 4 * 3), ({"NPROC": "5"}, 5)])
+def test_simulated_devices_have_threads_to_wait_on(given: dict[str, str], expected: int) -> None:
+    """With one thread a device a train step on eight of them hangs now and then, and the process is ended."""
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    environment |= {"JAX_NUM_CPU_DEVICES": "3", **given}
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) == expected

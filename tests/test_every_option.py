@@ -55,6 +55,7 @@ Part = Literal[
     "export",
     "files",
     "lines",
+    "memory",
     "mesh",
     "model",
     "optimizer",
@@ -164,6 +165,7 @@ OPTIONS: dict[str, Option] = {
     "optimizer.eps": option("optimizer", "optimizer.eps=0.1"),
     "optimizer.state_dtype": option("optimizer", "optimizer.state_dtype=bfloat16"),
     "optimizer.rounding": option("optimizer", "optimizer.rounding=nearest", given=("model.dtype=bfloat16",)),
+    "optimizer.offload": option("memory", "optimizer.offload=true"),
     "optimizer.weight_decay": option("optimizer", "optimizer.weight_decay=0.5"),
     "control.adaptive_beta": option("lines", *BETA),
     "control.adaptive_beta.kl_low": option("lines", "control.adaptive_beta.kl_low=0", given=BETA),
@@ -252,6 +254,7 @@ class Watched:
             name: [] for name in ("downloads", "datasets", "workers", "scored", "samples", "export", "steps", "wandb")
         }
         self.optimizer: tuple[Any, ...] = ()
+        self.placed: Any = None
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         # Few rows are enough to be shared out among workers.
@@ -262,6 +265,7 @@ class Watched:
         patch.setattr(run, "prepare", self._preparing(run.prepare))
         patch.setattr(run.loader, "steps", self._stepping(run.loader.steps))
         patch.setattr(run, "make_optimizer", self._make_optimizer)
+        patch.setattr(run, "abstract_state", self._placing(run.abstract_state))
         patch.setattr(run, "make_train_step", self._make_train_step)
         patch.setattr(run, "make_evaluation_step", self._make_evaluation_step)
         patch.setattr(references, "completion_logps", self._completion_logps)
@@ -292,6 +296,14 @@ class Watched:
             return self.parts
 
         return prepared
+
+    def _placing(self, real: Any) -> Any:
+        def placed(parts: Any, _: Any, control: Any) -> Any:
+            # The run's own optimizer is replaced by none, which has no state.
+            self.placed = real(parts, make_optimizer(*self.optimizer), control).optimizer
+            return real(parts, optax.identity(), control)
+
+        return placed
 
     def _stepping(self, real: Any) -> Any:
         def steps(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -428,6 +440,7 @@ class Bench:
                 str(entry.relative_to(place)) for top in (place, folder) for entry in top.iterdir() if entry.is_dir()
             ),
             "lines": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+            "memory": {leaf.sharding.memory_kind for leaf in jax.tree.leaves(watched.placed) if leaf.ndim},
             "mesh": dict(parts.layout.mesh.shape),
             "model": (str(decoder), parts.checkpoint.hf_config),
             "order": [examples for examples, _ in calls["steps"]],

@@ -438,7 +438,7 @@ def test_sigterm_then_the_same_command(train: Train, finished: Path, tmp_path: P
     "changes",
     [
         ["training.row_length=512", "training.rows_per_device=2", "model.remat=full"],
-        ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"],
+        ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "optimizer.offload=true"],
         ["logging.every=2", "training.eval_every=null", "training.save_every=5", "training.keep_checkpoints=1"],
     ],
 )

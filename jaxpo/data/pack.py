@@ -23,6 +23,7 @@ class Packing:
     Arrays have places for at least `microbatches` of the longest rows, or of as many shorter ones as hold no more
     tokens: smaller batches then keep the shape of the others, and no further program is compiled for them.
     score_prompt: whether a prompt's tokens are scored too, once, all but its first.
+    devices: that the rows of a microbatch are split over, as many to each; each microbatch waits for the slowest.
     """
 
     row_length: int
@@ -32,11 +33,19 @@ class Packing:
     microbatches: int = 1
     score_prompt: bool = False
     shorter: tuple[int, ...] = ()
+    devices: int = 1
 
     def size(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
         """Tokens [N] that examples take in a row, from prompt lengths [N] and completion lengths [N, K]."""
         copies = 1 if self.share_prompt else np.count_nonzero(completions, axis=1)
         return prompt * copies + completions.sum(axis=1)
+
+    def seen(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
+        """Keys [N] that the tokens of examples see, all together: what attention by segments costs."""
+        prompt, completions = prompt.astype(np.int64), completions.astype(np.int64)
+        copies = 1 if self.share_prompt else np.count_nonzero(completions, axis=1)
+        own = (completions * (completions + 1) // 2).sum(axis=1)
+        return copies * (prompt * (prompt + 1) // 2) + prompt * completions.sum(axis=1) + own
 
     def rows_of(self, sizes: Sequence[int]) -> tuple[int, list[list[int]]]:
         """The length of a batch's rows and the examples in each, from the examples' sizes.
@@ -86,6 +95,28 @@ def assign_rows(sizes: Sequence[int], row_length: int) -> list[list[int]]:
             rows.append([item])
         insort(room, (left - sizes[item], row))
     return [sorted(row) for row in rows]
+
+
+def balanced(rows: list[list[int]], costs: Sequence[int], packing: Packing) -> list[list[int]]:
+    """The rows of a batch in whole microbatches, with empty rows between, such that devices wait little for each other.
+
+    Rows of like cost, which is the sum of their items', go into one microbatch; there each, the costliest first, goes
+    to the device that has the least to do so far (longest processing time first, Graham 1969).
+    """
+    if packing.devices == 1:
+        return rows
+    of_row = [sum(costs[i] for i in row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda r: -of_row[r])
+    each = packing.rows // packing.devices
+    laid: list[list[int]] = []
+    for first in range(0, len(order), packing.rows):
+        devices: list[list[int]] = [[] for _ in range(packing.devices)]
+        for r in order[first : first + packing.rows]:
+            free = [device for device in devices if len(device) < each]
+            min(free, key=lambda device: sum(of_row[r] for r in device)).append(r)
+        for device in devices:
+            laid += [rows[r] for r in device] + [[]] * (each - len(device))
+    return laid
 
 
 def check_fits(packing: Packing, prompt: np.ndarray, completions: np.ndarray, name: Callable[[int], str]) -> None:
@@ -144,6 +175,7 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
     completion_lengths = np.array([[len(c) for c in e.completions] for e in examples])
     check_fits(packing, prompt_lengths, completion_lengths, lambda i: examples[i].id)
     T, rows = packing.rows_of(packing.size(prompt_lengths, completion_lengths).tolist())
+    rows = balanced(rows, packing.seen(prompt_lengths, completion_lengths).tolist(), packing)
     num_microbatches = -(-len(rows) // R)
     M = packing.shape_of(T, num_microbatches)
     X = max(bucket(max(map(len, rows))), T // 32)

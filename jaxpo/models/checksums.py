@@ -11,6 +11,8 @@ def checksum(array: jax.Array) -> jax.Array:
 
     TensorStore checks the small parts of a checkpoint only: without this a flipped byte of a weight would go unnoticed.
     """
+    # Moments may lie in the host's memory, where nothing is computed.
+    array = jax.device_put(array, jax.memory.Space.Device)
     bits = jax.lax.bitcast_convert_type(array, {4: jnp.uint32, 2: jnp.uint16}[array.dtype.itemsize]).astype(jnp.uint32)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(array.shape):

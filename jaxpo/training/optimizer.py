@@ -10,6 +10,7 @@ import optax
 from jaxpo.config import Dtype, OptimizerConfig
 from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, map_params
 from jaxpo.training.low_precision import low_precision
+from jaxpo.training.offload import offloaded
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -60,8 +61,8 @@ def make_optimizer(
         optimizer = optax.chain(clip(max_grad_norm), optimizer)
     state_dtype = config.state_dtype or dtype
     if "bfloat16" in (dtype, state_dtype):
-        return low_precision(optimizer, state_dtype, config.rounding)
-    return optimizer
+        optimizer = low_precision(optimizer, state_dtype, config.rounding)
+    return offloaded(optimizer) if config.offload else optimizer
 
 
 def norm(tree: Any) -> jax.Array:

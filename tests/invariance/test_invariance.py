@@ -71,16 +71,20 @@ def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarra
         constrain=layout.constrain,
         gather=layout.gather_embedding,
     )
-    packing = Packing(way.row_length, way.rows * layout.batch_devices, way.packed, way.share_prompt)
+    devices = layout.batch_devices
+    packing = Packing(way.row_length, way.rows * devices, way.packed, way.share_prompt, devices=devices)
     weights = jax.device_put(decoder, layout.decoder(decoder.config, decoder))
     if table is None:
         table = completion_logps(weights, examples, scorer, packing, layout.put)(range(len(examples)))
     optimizer = make_optimizer(OPTIMIZER, decoder.config, STEPS, 1.0)
     step = jax.jit(make_train_step(DPO(), scorer, optimizer, Control()), donate_argnums=0)
-    start = jax.device_put(np.int32(0), layout.replicated)
     batch = pack(examples, (table + offset).astype(np.float32), packing)[0]
-    carry = jax.device_put(initial_carry(DPO(), Control()), layout.replicated)
-    state = TrainState(start, weights, jax.jit(optimizer.init)(weights), jax.tree.map(np.float32, carry))
+    # Where a step leaves them: anywhere else they would have it compiled a second time.
+    carry = jax.tree.map(np.float32, initial_carry(DPO(), Control()))
+    start, carry = jax.device_put((np.int32(0), carry), layout.replicated)
+    moments = layout.place(decoder.config, jax.eval_shape(optimizer.init, weights))
+    init = jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, moments))
+    state = TrainState(start, weights, init(weights), carry)
     losses, norms = [], []
     for _ in range(STEPS):
         state, result = step(state, layout.put(batch))

@@ -114,7 +114,7 @@ def layout_of(way: Way) -> Layout:
 def packing_of(way: Way, listed: list[Example], score_prompt: bool) -> Packing:
     """Rows in a microbatch such that there are as many microbatches as the way says."""
     devices = layout_of(way).batch_devices
-    packing = Packing(ROW_LENGTH, 1, way.packed, way.share_prompt, score_prompt=score_prompt)
+    packing = Packing(ROW_LENGTH, 1, way.packed, way.share_prompt, score_prompt=score_prompt, devices=devices)
     # Duplicated prompts take more room than a row of the others has.
     packing = packing if way.share_prompt else replace(packing, row_length=2 * ROW_LENGTH)
     prompts, completions = (

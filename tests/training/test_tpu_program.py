@@ -38,3 +38,11 @@ def test_a_step_on_four_chips(fsdp: int, tensor: int) -> None:
     assert found["kernels"] == 3
     assert found["square"] == [], "no scores and no mask of numbers over a whole row"
     assert found["logits"] == found["block"] * 4096 // tensor, "each chip has the logits of one block, of its own words"
+
+
+@needs_libtpu
+def test_moments_on_the_host_take_no_room_on_the_chips() -> None:
+    there, away = compiled("v5e:2x2", 4, 1), compiled("v5e:2x2", 4, 1, "offload")
+    assert there["on_host"] == 0
+    assert away["on_host"] > 0
+    assert away["arguments"] + away["on_host"] == there["arguments"]

@@ -1,6 +1,6 @@
 """Compile a whole train step for TPUs, on a machine that has none, and print what is in it as JSON.
 
-python tpu_program.py TOPOLOGY FSDP TENSOR        (with libtpu on the path)
+python tpu_program.py TOPOLOGY FSDP TENSOR [offload]       (with libtpu on the path)
 """
 
 import json
@@ -23,6 +23,7 @@ from jaxpo.objectives import DPO
 from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.training.control import Control
 from jaxpo.training.mesh import AXES, Layout
+from jaxpo.training.offload import in_host_memory
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import TrainState, initial_carry, make_train_step
 
@@ -48,7 +49,7 @@ CONFIG = DecoderConfig(
 )
 
 
-def main(topology: str, fsdp: int, tensor: int) -> None:
+def main(topology: str, fsdp: int, tensor: int, offload: bool) -> None:
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = Mesh(np.array(devices).reshape(-1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     layout = Layout(mesh)
@@ -62,13 +63,15 @@ def main(topology: str, fsdp: int, tensor: int) -> None:
         gather=layout.gather_embedding,
         spread=layout.spread,
     )
-    optimizer = make_optimizer(OptimizerConfig(state_dtype="bfloat16"), CONFIG, 10, 1.0)
+    optimizer = make_optimizer(OptimizerConfig(state_dtype="bfloat16", offload=offload), CONFIG, 10, 1.0)
 
     def start(decoder: Any) -> TrainState:
         carry = {name: jnp.float32(value) for name, value in initial_carry(DPO(), Control()).items()}
         return TrainState(jnp.zeros((), jnp.int32), decoder, optimizer.init(decoder), carry)
 
     state = layout.place(CONFIG, jax.eval_shape(start, abstract_decoder(CONFIG, "float32")))
+    if offload:
+        state = state._replace(optimizer=in_host_memory(state.optimizer))
     tokens = np.ones(200, np.int32)
     examples = [Example(str(n), tokens, (tokens, tokens)) for n in range(8)]
     batch, _ = pack(examples, np.zeros((8, 1, 2), np.float32), packing)
@@ -97,6 +100,7 @@ def main(topology: str, fsdp: int, tensor: int) -> None:
                         if s[0] in (VOCABULARY, VOCABULARY // tensor) and len(s) > 1 and s[1] != CONFIG.width
                     ]
                 ),
+                "on_host": memory.host_argument_size_in_bytes,
                 "arguments": memory.argument_size_in_bytes,
                 "peak": memory.peak_memory_in_bytes,
             }
@@ -105,4 +109,4 @@ def main(topology: str, fsdp: int, tensor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "offload" in sys.argv[4:])
