@@ -1,6 +1,7 @@
 """Settings of XLA that a run depends on, to be made before it touches a device."""
 
 import os
+import re
 
 import jax
 
@@ -18,7 +19,7 @@ def set_up(compute_dtype: str) -> None:
     # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
     jax.config.update("jax_default_matmul_precision", "highest" if compute_dtype == "float32" else None)
     os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""), compute_dtype, jax.__version_info__)
-    devices = int(jax.config.values["jax_num_cpu_devices"])
+    devices = simulated(os.environ["XLA_FLAGS"], int(jax.config.values["jax_num_cpu_devices"]))
     if devices > 1:
         # Where XLA takes the size of its pool from.
         os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * devices))
@@ -35,3 +36,11 @@ def flags(given: str, compute_dtype: str, version: tuple[int, ...]) -> str:
         return given
     kernels = "individual_dot" if compute_dtype == "bfloat16" else ""
     return f"{given} {YNN}={kernels}".strip()
+
+
+def simulated(flags: str, jax_num_cpu_devices: int) -> int:
+    """CPU devices that are asked for: by jax's option, or where it is not set (-1) by XLA's flag."""
+    if jax_num_cpu_devices != -1:
+        return jax_num_cpu_devices
+    found = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
+    return int(found[-1]) if found else 1

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
-from jaxpo.config import Run, check
+from jaxpo.config import Run
+from jaxpo.config_checks import check
 from jaxpo.config_mistakes import Key, KeyPath, adapter, dotted, explained, shown
 from jaxpo.config_mistakes import schema as schema
 from jaxpo.errors import UserError

@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 
 from jaxpo import config_file, console
-from jaxpo.config import MeshConfig, path_problem
+from jaxpo.config import MeshConfig
+from jaxpo.config_checks import path_problem
 from jaxpo.data.tokenizer import load_tokenizer
 from jaxpo.delivery import deliver
 from jaxpo.errors import UserError

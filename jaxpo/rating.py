@@ -12,7 +12,8 @@ from typing import Any, get_args
 import numpy as np
 
 from jaxpo import atomic, console
-from jaxpo.config import DataSource, Dtype, Format, path_problem
+from jaxpo.config import DataSource, Dtype, Format
+from jaxpo.config_checks import path_problem
 from jaxpo.data import readers, sources
 from jaxpo.data.chat import Fitted, Refused
 from jaxpo.data.files import Row, Where

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpo import atomic, console, run_folder
-from jaxpo.config import Run, too_late
+from jaxpo import atomic, compiler, console, run_folder
+from jaxpo.config import Run
+from jaxpo.config_checks import too_late
 from jaxpo.data import inspect, loader
 from jaxpo.delivery import deliver, end_ids
 from jaxpo.errors import UserError
@@ -51,6 +52,9 @@ def train(run: Run) -> Path:
     """Do the stages of a run that are not done yet, then the run itself; returns its folder."""
     for one in (*run.stages.values(), run):
         metrics.check_installed(one.logging)
+    # XLA reads what it is told of kernels once, so all stages get those that one of them needs.
+    dtypes = {one.model.compute_dtype for one in (run, *run.stages.values())}
+    compiler.set_up("bfloat16" if "bfloat16" in dtypes else "float32")
     folder = place_of(run)
     with claim(folder, run):
         for name, stage in run.stages.items():

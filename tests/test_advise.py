@@ -12,7 +12,8 @@ import pytest
 
 from jaxpo import config_file, dialogue, launch
 from jaxpo.advise import Answers, Data, Goal, advise, without_effect
-from jaxpo.config import Run, check
+from jaxpo.config import Run
+from jaxpo.config_checks import check
 from jaxpo.data import formats
 from jaxpo.data.files import Where
 from jaxpo.data.readers import Preference

@@ -24,7 +24,7 @@ ORDER = [
     ["jaxpo.batch", "jaxpo.objectives.losses", "jaxpo.objectives.logprobs"],
     ["jaxpo.objectives"],
     ["jaxpo.config"],
-    ["jaxpo.console", "jaxpo.config_mistakes"],
+    ["jaxpo.console", "jaxpo.config_checks", "jaxpo.config_mistakes"],
     ["jaxpo.config_file", "jaxpo.models", "jaxpo.data"],
     ["jaxpo.objectives.score"],
     ["jaxpo.reference"],

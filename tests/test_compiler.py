@@ -55,10 +55,17 @@ print(sum(task.read_text() == "tf_XLAEigen\\n" for task in Path("/proc/self/task
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.parametrize(("given", "expected"), [({}, 4 * 3), ({"NPROC": "5"}, 5)])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 4 * 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 4 * 3),
+        ({"JAX_NUM_CPU_DEVICES": "3", "NPROC": "5"}, 5),
+    ],
+)
 def test_simulated_devices_have_threads_to_wait_on(given: dict[str, str], expected: int) -> None:
     """With one thread a device a train step on eight of them hangs now and then, and the process is ended."""
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
-    environment |= {"JAX_NUM_CPU_DEVICES": "3", **given}
+    environment |= given
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True, env=environment)
     assert int(done.stdout) == expected

@@ -11,7 +11,8 @@ from objective_cases import CASES, MEMBERS
 from pydantic import TypeAdapter
 
 from jaxpo import config_file
-from jaxpo.config import DataConfig, DataSource, ModelConfig, Run, Scratch, WandbConfig, check
+from jaxpo.config import DataConfig, DataSource, ModelConfig, Run, Scratch, WandbConfig
+from jaxpo.config_checks import check
 from jaxpo.errors import UserError
 from jaxpo.objectives import IPO
 from jaxpo.objectives.mixture import Mixture

@@ -14,7 +14,8 @@ from typing import Any, get_args
 import pytest
 
 from jaxpo import config_file
-from jaxpo.config import Run, check
+from jaxpo.config import Run
+from jaxpo.config_checks import check
 from jaxpo.data import formats
 from jaxpo.data.files import Where
 from jaxpo.data.readers import Preference

@@ -227,6 +227,21 @@ def test_stages_in_order(train: Train, tiny: Path, tmp_path: Path):
     assert_equal_weights(again, out)
 
 
+def test_one_stage_in_bfloat16_decides_the_kernels_of_all(
+    train: Train, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    monkeypatch.setattr(run.compiler, "set_up", asked.append)
+    monkeypatch.setattr(run, "train_one", lambda *_: None)
+    monkeypatch.setattr(run, "at_stage", lambda one, folder: one)
+    data, scratch = {"train": [{"path": f"{tiny}/sft.jsonl"}]}, {"architecture": {"model_type": "llama"}}
+    for of_stage, of_run in (("float32", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")):
+        stage = {"model": {"scratch": scratch, "compute_dtype": of_stage}, "data": data, "objective": {"name": "sft"}}
+        changes = (f"model.compute_dtype={of_run}", f"output_dir={tmp_path}/{of_stage}-{of_run}")
+        train("dpo", f"stages={json.dumps({'sft': stage})}", "model.path=stage:sft", *changes)
+    assert asked == ["bfloat16", "bfloat16", "float32"]
+
+
 # Checkpoints and the best of them
 
 

@@ -47,7 +47,7 @@ _named.defvjp(lambda x, name: (named(x, name), None), lambda _name, _kept, gradi
 
 
 def kept_as_integers(x: jax.Array) -> bool:
-    """Whether `keep` makes integers of x.
+    """Whether `keep` makes integers of x, by the default backend of the process.
 
     XLA updates a bfloat16 array on a CPU by way of float32, all of what is stacked for each layer.
     """

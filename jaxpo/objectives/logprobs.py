@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from jaxpo.models.product import contract, summed_over_rows
 
@@ -57,7 +58,8 @@ def token_scores(
     rounded to the hidden states' dtype, its gradient is not.
 
     The gradient flows through logps. Nothing of size V outlives a block: the backward pass recomputes the logits from
-    the saved log-sum-exp, with dz = g (onehot(y) - softmax(z)), dh = dz W and dW = sum dz^T h.
+    the saved log-sum-exp, with dz = g (onehot(y) - softmax(z)), dh = dz W and dW = sum dz^T h. With a head that is not
+    differentiated, as where adapters are trained, there is no dW, which is a third of the products.
     """
     if labels_RS.shape[1] % blocks.tokens[-1]:
         raise ValueError(f"blocks of {blocks.tokens[-1]} do not divide {labels_RS.shape[1]} scored tokens")
@@ -76,11 +78,11 @@ class Words(NamedTuple):
     number: int
     new: jax.Array | None
 
-    def of(self, matrix: jax.Array, axis: int = 0) -> jax.Array:
-        """This block of the words, which are an axis of `matrix`."""
-        if matrix.shape[axis] == self.number:
-            return matrix
-        return lax.dynamic_slice_in_dim(matrix, self.start, self.number, axis)
+    def of(self, matrix_VD: jax.Array) -> jax.Array:
+        """The rows of this block."""
+        if len(matrix_VD) == self.number:
+            return matrix_VD
+        return lax.dynamic_slice_in_dim(matrix_VD, self.start, self.number)
 
     def put(self, matrix_VD: jax.Array, rows_WD: jax.Array) -> jax.Array:
         if matrix_VD.shape == rows_WD.shape:
@@ -161,10 +163,18 @@ class Sums(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scores(blocks, confidence, hidden_RSD, head_VD, labels_RS, used) -> TokenScores:
-    return _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used)[0]
+    return _scored(blocks, confidence, hidden_RSD, head_VD, labels_RS, used)[0]
 
 
-def _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
+def _scores_forward(blocks, confidence, hidden, head, labels, used):
+    """Of arguments that say of themselves whether they are differentiated."""
+    scores, saved = _scored(blocks, confidence, hidden.value, head.value, labels.value, used.value)
+    # What is saved is arrays; the shape of a tree tells the backward pass whether the head has a gradient.
+    learns = () if head.perturbed else None
+    return scores, (*saved, learns)
+
+
+def _scored(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
     def of_words(words: Words, sums_RS: Sums) -> Sums:
         words_WD = words.of(head_VD).astype(hidden_RSD.dtype)
 
@@ -199,36 +209,45 @@ def _scores_forward(blocks, confidence, hidden_RSD, head_VD, labels_RS, used):
     if squares_RS is not None:
         # log sum_v p(v)^2 = lse(2 z) - 2 lse(z)
         confidence_RS = scored(label_RS + lse_RS - 2.0 * largest_RS - jnp.log(squares_RS))
-    return TokenScores(logps_RS, correct_RS, confidence_RS), (hidden_RSD, head_VD, labels_RS, used, lse_RS)
+    # Of a column that nobody scores exp(logit - inf) is 0 in the backward pass, whatever its logits are.
+    saved_RS = jnp.where(is_used_S, lse_RS, jnp.inf)
+    return TokenScores(logps_RS, correct_RS, confidence_RS), (hidden_RSD, head_VD, labels_RS, used, saved_RS)
 
 
 def _scores_backward(blocks, confidence, saved, gradients):
-    hidden_RSD, head_VD, labels_RS, used, lse_RS = saved
+    hidden_RSD, head_VD, labels_RS, used, lse_RS, learns = saved
     dtype, (R, S, D) = hidden_RSD.dtype, hidden_RSD.shape
+    if isinstance(gradients.logps, SymbolicZero):
+        return None, None, None, None
+    g_RS = jnp.where(jnp.arange(S) < used, gradients.logps, 0.0)
 
-    def of_words(words: Words, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def of_words(words: Words, so_far: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
         d_hidden_DRS, d_head_VD = so_far
         words_WD = words.of(head_VD).astype(dtype)
         left, axis = summed_over_rows(words_WD)
 
-        def of_tokens(first: jax.Array, size: int, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def of_tokens(first: jax.Array, size: int, so_far: tuple[jax.Array, jax.Array | None]) -> Any:
             d_hidden_DRS, d_words_WD = so_far
-            hidden_ND, lse_N, g_N = (_columns(x, first, size) for x in (hidden_RSD, lse_RS, gradients.logps))
+            hidden_ND, lse_N, g_N = (_columns(x, first, size) for x in (hidden_RSD, lse_RS, g_RS))
             probs_WN = jnp.exp(words.logits(words_WD, hidden_ND) - lse_N)
             onehot_WN = words.are(_columns(labels_RS, first, size)).astype(jnp.float32)
             d_logits_WN = (g_N * (onehot_WN - probs_WN)).astype(dtype)
             d_hidden_DN = contract(left, d_logits_WN, axis, 0, jnp.float32)
             at = (0, 0, first)
             d_hidden_DRN = lax.dynamic_slice(d_hidden_DRS, at, (D, R, size)) + d_hidden_DN.reshape(D, R, size)
-            d_words_WD += contract(d_logits_WN, hidden_ND, 1, 0, jnp.float32)
+            if d_words_WD is not None:
+                d_words_WD += contract(d_logits_WN, hidden_ND, 1, 0, jnp.float32)
             return lax.dynamic_update_slice(d_hidden_DRS, d_hidden_DRN, at), d_words_WD
 
-        d_hidden_DRS, d_words_WD = _over_tokens(blocks, S, used, of_tokens, (d_hidden_DRS, words.of(d_head_VD)))
-        return d_hidden_DRS, words.put(d_head_VD, d_words_WD)
+        d_words_WD = None if d_head_VD is None else words.of(d_head_VD)
+        d_hidden_DRS, d_words_WD = _over_tokens(blocks, S, used, of_tokens, (d_hidden_DRS, d_words_WD))
+        return d_hidden_DRS, None if d_head_VD is None else words.put(d_head_VD, d_words_WD)
 
-    zeros = (jnp.zeros((D, R, S), jnp.float32), jnp.zeros(head_VD.shape, jnp.float32))
-    d_hidden_DRS, d_head_VD = _over_words(blocks, len(head_VD), of_words, zeros)
-    return d_hidden_DRS.transpose(1, 2, 0).astype(dtype), d_head_VD.astype(head_VD.dtype), None, None
+    d_head_VD = None if learns is None else jnp.zeros(head_VD.shape, jnp.float32)
+    start = (jnp.zeros((D, R, S), jnp.float32), d_head_VD)
+    d_hidden_DRS, d_head_VD = _over_words(blocks, len(head_VD), of_words, start)
+    d_hidden_RSD = d_hidden_DRS.transpose(1, 2, 0).astype(dtype)
+    return d_hidden_RSD, None if d_head_VD is None else d_head_VD.astype(head_VD.dtype), None, None
 
 
-_scores.defvjp(_scores_forward, _scores_backward)
+_scores.defvjp(_scores_forward, _scores_backward, symbolic_zeros=True)

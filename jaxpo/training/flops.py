@@ -1,4 +1,4 @@
-"""The useful arithmetic of a step: what its distinct tokens cost, whatever padding or recomputation comes on top."""
+"""The useful arithmetic of a step: what the tokens in its rows cost, whatever padding or recomputation comes on top."""
 
 import numpy as np
 
@@ -18,7 +18,8 @@ PEAK = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
+    # A chip is two devices.
+    "TPU7x": 2307e12 / 2,
 }
 
 
@@ -27,7 +28,7 @@ def step_flops(config: DecoderConfig, batch: HostBatch) -> float:
 
     Forward, each token costs 2 for each weight of the layers' matrices and, for each key that it sees, 4 for each
     number in its queries; a scored token costs 2 for each weight of the head. Backward is twice forward. Padding is
-    not counted, nor what is computed again.
+    not counted, nor what is computed again; a prompt counts as often as it stands in the rows.
     """
     c = config
     projections = c.width * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)

@@ -34,9 +34,10 @@ TERMINATED = 128 + signal.SIGTERM
 class Progress:
     """What a resumed run must know besides its state; saved with each checkpoint.
 
-    places and tokens count row places computed and those that held a token. The `steady` figures leave out the first
-    step of each process, which compiles. seconds: of each stage; `wait` is for data in training, `log` of metrics on
-    their way out. window holds the metrics since the last logged line as [sum, weight].
+    places and tokens count row places computed and those that held a token. The `steady` figures leave out steps whose
+    shapes are new to the process, which compile, and what was computed meanwhile. seconds: of each stage; `wait` is for
+    data in training, `log` of metrics on their way out. window holds the metrics since the last logged line as [sum,
+    weight].
     """
 
     examples: int = 0
@@ -79,7 +80,7 @@ class Progress:
         }
 
     def count(self, step: Step, seconds: float, flops: float | None) -> None:
-        """Count a step that took so many seconds; flops: of its useful arithmetic, None for one that compiled."""
+        """Count a step that took so many seconds; flops: of its useful arithmetic, None for one that is not steady."""
         tokens, places = count_places(step.batch)
         self.examples += len(step.examples)
         self.tokens += tokens
@@ -211,16 +212,17 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
     open_steps: list[OpenStep] = []
     window: list[Metrics] = []
     batches: Iterator[Step] = iter(())
+    shapes: set[tuple[tuple[int, ...], ...]] = set()
     n = first
     clock = Clock(progress)
 
     with stop_signal() as stop, console.progress("training", loop.num_steps, "step", completed=first) as bar:
 
-        def settle() -> tuple[int, Record]:
+        def settle(steady: bool = True) -> tuple[int, Record]:
             """Look at the first open step: its number, and its line if it has one."""
             n, step, result = open_steps.pop(0)
             check_finite(loop, n, step, result)
-            progress.count(step, clock.lap(), loop.flops(step.batch) if n > first + 1 else None)
+            progress.count(step, clock.lap(), loop.flops(step.batch) if steady else None)
             window.append(result.metrics)
             line: Record = {}
             if loop.logs_at(n):
@@ -242,14 +244,17 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
                 batches = loop.batches(n - 1, loop.window_end(n - 1), reference.train)
             with progress.timed("wait"):
                 step = next(batches)
+            shape = tuple(np.shape(field) for field in step.batch)
+            compiles = shape not in shapes
+            shapes.add(shape)
             with jax.transfer_guard("disallow"):
                 state, result = loop.step(state, loop.put(step.batch))
             open_steps.append(OpenStep(n, step, result))
             bar.advance()
             line: Record = {}
-            # What the first step compiles is no time of the second.
-            while len(open_steps) > (n > first + 1):
-                before, line = settle()
+            # What is compiled is no time of the next step, and none of the one before.
+            while len(open_steps) > (0 if compiles else 1):
+                before, line = settle(steady=not compiles)
                 if before < n:
                     record(loop, before, line, progress)
             terminating = stop.is_set()

@@ -52,7 +52,7 @@ class Setting:
 
 VARIANTS = {
     "all": Setting(),
-    "no packing: two examples a row, padded": Setting(packed=False),
+    "no packing: an example a row, padded, two rows at once": Setting(packed=False),
     "no shared prompt": Setting(share_prompt=False),
     "no reference table": Setting(reference_pass=True),
     "head on every token": Setting(score_prompt=True),
@@ -162,6 +162,8 @@ def prepared(
 
     from jaxpo.data.pack import Packing, pack
     from jaxpo.models import decoder as decoders
+    from jaxpo.models.kept import named_anywhere
+    from jaxpo.models.product import PRODUCT
     from jaxpo.objectives import DPO
     from jaxpo.objectives.logprobs import Blocks
     from jaxpo.objectives.score import all_scores, head_blocks
@@ -170,7 +172,8 @@ def prepared(
     from jaxpo.training.step import initial_carry, sum_of_shares
 
     def plain(x: jax.Array, kernels: list[jax.Array], axes: int) -> list[jax.Array]:
-        return [jax.numpy.tensordot(x, kernel.astype(x.dtype), axes) for kernel in kernels]
+        # Under the name by which a policy keeps them, so that nothing else is computed again.
+        return [named_anywhere(jax.numpy.tensordot(x, kernel.astype(x.dtype), axes), PRODUCT) for kernel in kernels]
 
     packing = Packing(
         row_length=0,

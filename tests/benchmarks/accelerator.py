@@ -95,7 +95,7 @@ SHAPES = {
         4096,
         2,
     ),
-    # 8 bytes for each weight: itself, its gradient and its moments in bfloat16.
+    # 8 bytes for each weight, as long as a batch is one microbatch: itself, its gradient and its moments in bfloat16.
     "8b": Shape(LLAMA, "bfloat16", "full", 4096, 1),
 }
 
@@ -138,7 +138,8 @@ def ceiling(dtype: str) -> float:
     """FLOP/s of the fastest matrix product on one device."""
     size, best = 1024 if jax.default_backend() == "cpu" else 8192, 0.0
     a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a: a @ a)
+    # A CPU multiplies bfloat16 at its full speed only if asked for a float32 result.
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     product(a).block_until_ready()
     for _ in range(12):
         start = time.perf_counter()
@@ -183,7 +184,8 @@ def measured(shape: Shape, compute_dtype: str, arguments: argparse.Namespace) ->
         gather=layout.gather_embedding,
         spread=layout.spread,
     )
-    packing = Packing(shape.row_length, shape.rows * layout.batch_devices)
+    devices = layout.batch_devices
+    packing = Packing(shape.row_length, shape.rows * devices, devices=devices)
     # A few places stay empty: pairs are not cut to fill a row.
     room = int(0.97 * shape.row_length * packing.rows)
     examples = examples_of(room, arguments.pair_tokens, config.vocab_size)
@@ -192,10 +194,11 @@ def measured(shape: Shape, compute_dtype: str, arguments: argparse.Namespace) ->
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-6), config, 1000, 1.0, shape.dtype)
     at = layout.decoder(config, abstract_decoder(config, shape.dtype))
     decoder = jax.jit(lambda: Decoder(config, jax.random.key(0), shape.dtype), out_shardings=at)()
+    moments = layout.place(config, jax.eval_shape(optimizer.init, decoder))
     state = TrainState(
         jax.device_put(np.int32(0), layout.replicated),
         decoder,
-        jax.jit(optimizer.init)(decoder),
+        jax.jit(optimizer.init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, moments))(decoder),
         {name: jax.device_put(np.float32(v), layout.replicated) for name, v in initial_carry(DPO(), Control()).items()},
     )
     del decoder

@@ -6,13 +6,13 @@ Trains SmolLM2-135M on HH-RLHF helpful-base from ../shared, with what each user 
 and Tunix 0.1.7 by the scripts in ../shared/peers. Repeats alternate between the systems, and medians are reported. The
 ceiling is the fastest matrix product measured in the same run, by jax or by torch, in the same dtype.
 
-pairs_per_s is of steady training: jaxpo's is of a third epoch, for every length of rows is compiled in the first, the
-next batch's while one is computed; Tunix's leaves out its first step; TRL compiles nothing and its counts all. jaxpo
-reads its reference from a table, which costs one forward pass before the first epoch: pairs_per_s_with_table has it
-within, as if one epoch were all.
+pairs_per_s is of steady training: jaxpo's leaves out the steps of the first epoch that compiled something, Tunix's its
+first step; TRL compiles nothing and its counts all. jaxpo reads its reference from a table, which costs one forward
+pass before the first epoch: pairs_per_s_with_table has it within, as if one epoch were all.
 """
 
 import argparse
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -45,9 +45,12 @@ CEILING = """
 import json, sys, time
 size, best = 2048, 0.0
 if sys.argv[1] == "jax":
+    from jaxpo import compiler
+    compiler.set_up(sys.argv[2])
     import jax, jax.numpy as jnp
     a = jnp.ones((size, size), sys.argv[2])
-    product = jax.jit(lambda a: a @ a)
+    # A CPU multiplies bfloat16 at its full speed only if asked for a float32 result.
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     run = lambda: product(a).block_until_ready()
 else:
     import torch
@@ -130,18 +133,14 @@ def jaxpo(rows: Path, pairs: int, batch: int, dtype: str, work: Path) -> Result:
     output_of([python_of("jaxpo"), "-m", "jaxpo.launch", "train", path])
     summary = json.loads((folder / "run" / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    seconds = summary["seconds"]
+    seconds, rate = summary["seconds"], summary["pairs_per_s"]
     steps = [line for line in lines if "loss" in line]
-    # Rates are of all steps so far but the first.
     epoch = len(steps) // EPOCHS
-    first, last = steps[-epoch - 1], steps[-1]
-    time = batch * ((last["step"] - 1) / last["pairs_per_s"] - (first["step"] - 1) / first["pairs_per_s"])
-    rate = pairs / time
     result = {
         "pairs_per_s": rate,
-        "pairs_per_s_with_table": pairs / (time + seconds["reference"]),
-        "tokens_per_s": rate * summary["tokens_per_s"] / summary["pairs_per_s"],
-        "useful_flops": rate * 1e12 * summary["tflops_per_s"] / summary["pairs_per_s"],
+        "pairs_per_s_with_table": pairs / (pairs / rate + seconds["reference"]),
+        "tokens_per_s": summary["tokens_per_s"],
+        "useful_flops": 1e12 * summary["tflops_per_s"],
         "fill": 1.0 - summary["padding_fraction"],
         "peak_rss_gb": summary["peak_bytes"] / 1e9,
         "losses": [line["loss"] for line in steps[:epoch]],
@@ -226,6 +225,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not PEERS.is_dir() or not (MODEL / "model.safetensors").exists():
         sys.exit(f"needs {PEERS} and the weights in {MODEL}, as {SHARED / 'models' / 'get_smollm2.py'} writes them")
+    if arguments.png and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--png needs matplotlib beside this script: pip install matplotlib")
     systems, dtypes = arguments.systems.split(","), arguments.dtypes.split(",")
     batch, repeats = arguments.batch, 1 if arguments.quick else arguments.repeats
     pairs = arguments.pairs or batch * (2 if arguments.quick else 3)

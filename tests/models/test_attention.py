@@ -157,9 +157,10 @@ def test_probabilities_are_not_kept_for_the_backward_pass(implementation: Implem
     q, k, v, _ = heads(context)
     R, T = context.segments.shape
     _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, context, None, implementation), q, k, v)
-    kept = [np.shape(leaf) for leaf in jax.tree.leaves(pull)]
-    assert (R, T, N, H) in kept, "the queries are kept"
-    assert not [shape for shape in kept if shape.count(T) > 1]
+    kept = [leaf for leaf in jax.tree.leaves(pull) if np.ndim(leaf)]
+    assert max(leaf.size for leaf in kept if leaf.dtype == q.dtype) >= R * T * N * H, "the queries are kept"
+    # Rows may have been filled up.
+    assert not [leaf.shape for leaf in kept if sum(size >= T for size in leaf.shape) > 1]
 
 
 def test_keys_of_other_segments_are_not_computed() -> None:

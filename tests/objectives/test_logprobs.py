@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,9 @@ def test_value_and_gradient_are_those_of_log_softmax(blocks: Blocks, used: int) 
     assert not np.any(found.logps[:, used:])
     assert not np.any(found.correct[:, used:])
 
-    weights = jnp.where(inside, WEIGHTS, 0.0)
-    ours = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(used), blocks).logps, hidden, head, weights)
-    plain = gradients(lambda h, w: naive(h, w, labels), hidden, head, weights)
+    ours = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(used), blocks).logps, hidden, head, WEIGHTS)
+    # A column that is not used puts out 0, whatever it weighs.
+    plain = gradients(lambda h, w: naive(h, w, labels), hidden, head, jnp.where(inside, WEIGHTS, 0.0))
     for mine, wanted in zip(ours, plain, strict=True):
         np.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-5)
     assert not np.any(ours[0][:, used:])
@@ -102,13 +103,15 @@ def test_confidence_changes_neither_log_probs_nor_gradients_and_has_none() -> No
     assert not any(np.any(g) for g in of(True, "confidence"))
 
 
-def test_large_logits_stay_finite() -> None:
+@pytest.mark.parametrize("used", [S, 13])
+def test_large_logits_stay_finite(used: int) -> None:
+    """Also those of columns that are computed, for they share a block with used ones, and that nobody scores."""
     hidden, head, labels = inputs(scale=1e4)
-    scores = token_scores(hidden, head, labels, jnp.int32(S), EIGHT, True)
-    np.testing.assert_allclose(scores.logps, naive(hidden, head, labels), rtol=1e-5, atol=1e-5)
+    scores = token_scores(hidden, head, labels, jnp.int32(used), EIGHT, True)
+    np.testing.assert_allclose(scores.logps[:, :used], naive(hidden, head, labels)[:, :used], rtol=1e-5, atol=1e-5)
     assert scores.confidence is not None
     assert np.all(np.isfinite(scores.confidence))
-    found = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(S), EIGHT).logps, hidden, head, WEIGHTS)
+    found = gradients(lambda h, w: token_scores(h, w, labels, jnp.int32(used), EIGHT).logps, hidden, head, WEIGHTS)
     assert all(np.all(np.isfinite(g)) for g in found)
 
 
@@ -150,6 +153,23 @@ def test_the_head_s_gradient_keeps_its_own_precision() -> None:
         _, wanted = gradients(lambda h, w: naive(h, w, labels), hidden.astype(jnp.float32), rounded, WEIGHTS)
         assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
         assert np.any(found != found.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@blocks_of_all_kinds
+def test_a_head_that_is_not_differentiated_costs_no_gradient(blocks: Blocks) -> None:
+    """As where adapters are trained: the same gradient of the hidden states, by three products and not four."""
+    hidden, head, labels = inputs()
+
+    def gradient(argnums: int | tuple[int, ...]) -> Any:
+        def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            return (WEIGHTS * token_scores(hidden, head, labels, jnp.int32(13), blocks).logps).sum()
+
+        return jax.jit(jax.grad(loss, argnums))
+
+    frozen, learning = gradient(0), gradient((0, 1))
+    np.testing.assert_array_equal(frozen(hidden, head), learning(hidden, head)[0])
+    products = [one.lower(hidden, head).as_text().count("stablehlo.dot_general") for one in (frozen, learning)]
+    assert 4 * products[0] == 3 * products[1] > 0
 
 
 def arrays(program: str) -> list[int]:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 from jaxpo.batch import DeviceBatch, Example
 from jaxpo.config import OptimizerConfig
 from jaxpo.data.pack import Packing, pack
+from jaxpo.models import kept, product
 from jaxpo.models.attention import choose
 from jaxpo.models.decoder import DecoderConfig, Rotary, abstract_decoder
 from jaxpo.objectives import DPO
@@ -50,6 +51,8 @@ CONFIG = DecoderConfig(
 
 
 def main(topology: str, fsdp: int, tensor: int, offload: bool) -> None:
+    # They go by the backend of the process, which is a CPU here.
+    kept.kept_as_integers = product.kept_as_integers = lambda x: False
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = Mesh(np.array(devices).reshape(-1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
     layout = Layout(mesh)

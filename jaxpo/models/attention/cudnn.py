@@ -1,13 +1,14 @@
 """Attention on an NVIDIA GPU: the flash kernels of cuDNN, with what a token may see as a mask [T, T] over the row.
 
-They compute all tiles of a row, masked or not, and keep none of them.
+They compute all tiles of a row, masked or not, and keep none of them. What their backward pass needs besides the output
+no policy of `jax.checkpoint` can keep, so that with any but `none` the forward kernel runs again there, and the output
+has no name to be kept by either.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxpo.models.attention.context import Context, filled, visible
-from jaxpo.models.kept import named_anywhere
 
 
 def attention(
@@ -20,9 +21,7 @@ def attention(
     context = Context(*(filled(field, T % 2) for field in context))
     places = jnp.arange(q.shape[1])
     mask_R1TT = visible(context, places, context, places, window)[:, None]
-    return named_anywhere(
-        jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T], "attention"
-    )
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T]
 
 
 def supports(compute_dtype: str, head_dim: int) -> bool:

@@ -13,7 +13,7 @@ from jaxpo.models.kept import named_anywhere
 def attention(
     q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
 ) -> jax.Array:
-    """See `packed_attention`. Probabilities are float32 and never kept for the backward pass."""
+    """See `packed_attention`. Probabilities are never kept for the backward pass."""
 
     @jax.checkpoint
     def masked(q, k, v, context: Context) -> jax.Array:
