@@ -2,8 +2,11 @@
 
 import os
 import re
+from pathlib import Path
 
 import jax
+
+from jaxpo.errors import UserError
 
 YNN = "--xla_cpu_experimental_ynn_fusion_type"
 # The releases of jaxlib that know the flag; XLA ends the process over one that it does not know.
@@ -18,8 +21,13 @@ def set_up(compute_dtype: str) -> None:
     """Set the precision of products, the kernels that a CPU takes for them, and its threads."""
     # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
     jax.config.update("jax_default_matmul_precision", "highest" if compute_dtype == "float32" else None)
-    os.environ["XLA_FLAGS"] = flags(os.environ.get("XLA_FLAGS", ""), compute_dtype, jax.__version_info__)
+    os.environ["XLA_FLAGS"] = flags(spelled_out(os.environ.get("XLA_FLAGS", "")), compute_dtype, jax.__version_info__)
     devices = simulated(os.environ["XLA_FLAGS"], int(jax.config.values["jax_num_cpu_devices"]))
+    if devices < 1:
+        raise UserError(
+            f"the environment asks for {devices} CPU devices (JAX_NUM_CPU_DEVICES, or in XLA_FLAGS "
+            "--xla_force_host_platform_device_count); expected 1 or more."
+        )
     if devices > 1:
         # Where XLA takes the size of its pool from.
         os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * devices))
@@ -36,6 +44,19 @@ def flags(given: str, compute_dtype: str, version: tuple[int, ...]) -> str:
         return given
     kernels = "individual_dot" if compute_dtype == "bfloat16" else ""
     return f"{given} {YNN}={kernels}".strip()
+
+
+def spelled_out(given: str) -> str:
+    """XLA_FLAGS, or what stands in the file that it names: to XLA a value that begins with no hyphen is a path."""
+    if not given.strip() or given.lstrip().startswith("-"):
+        return given
+    try:
+        return " ".join(Path(given).read_text(encoding="utf-8").split())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'XLA_FLAGS is "{given}", which names no file that can be read: {error}. Expected flags, which begin with '
+            "--, or the path of a file of them."
+        ) from error
 
 
 def simulated(flags: str, jax_num_cpu_devices: int) -> int:

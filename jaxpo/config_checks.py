@@ -195,6 +195,9 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
         text = "has no effect with optimizer.schedule constant; leave it out, or take linear or cosine"
         yield mistake("optimizer.min_learning_rate_ratio", text)
 
+    if optimizer.rounding != "stochastic" and "bfloat16" not in (model.dtype, optimizer.state_dtype):
+        yield mistake("optimizer.rounding", "has no effect on weights and moments of float32; leave it out")
+
     axes = {"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor}
     for axis, size in axes.items():
         if size == 0:

@@ -38,6 +38,8 @@ INIT = "init"
 MADE_OF = "made_of.json"
 # Where in a run's folder its stages have theirs.
 STAGES = "stages"
+# Places of a device's rows that are nobody's mistake, however small the data.
+MANY_PLACES = 1 << 20
 # Batches whose packing decides on the lengths of rows.
 BATCHES_TO_SUIT = 64
 
@@ -144,11 +146,24 @@ def learns_rewards(run: Run) -> bool:
 
 
 def check_examples(parts: Parts) -> None:
-    """Raise UserError unless every example fits into a row and into the model."""
+    """Raise UserError unless every example fits into a row and into the model, and rows are no larger than of use."""
+    check_places(parts.run, parts.train)
     for one in parts.corpora:
         one.check_fits(parts.packing)
         check_positions(one, parts.checkpoint)
         check_vocabulary(one, parts.tokenizer, parts.checkpoint)
+
+
+def check_places(run: Run, corpus: Corpus) -> None:
+    """Raise UserError where rows of a microbatch have more places than all of the data could fill, and many."""
+    training, tokens = run.training, int(corpus.prompt_lengths.sum() + corpus.completion_lengths.sum())
+    places = training.rows_per_device * training.row_length
+    if places > (most := max(MANY_PLACES, tokens)):
+        raise UserError(
+            f"training.row_length is {training.row_length} and training.rows_per_device {training.rows_per_device}: a "
+            f"device would compute {places} places at once, but data.train has {tokens} tokens in all. Expected a "
+            f"product of at most {most}."
+        )
 
 
 def check_positions(corpus: Corpus, checkpoint: Checkpoint) -> None:

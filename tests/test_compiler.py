@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from jaxpo.compiler import flags
+from jaxpo.compiler import flags, spelled_out
+from jaxpo.errors import UserError
 
+COUNT = "--xla_force_host_platform_device_count"
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
@@ -44,6 +47,24 @@ def test_sums_are_right(dtype: str) -> None:
     assert float(done.stdout) == 32768.0**2
 
 
+def test_flags_may_stand_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "flags"
+    file.write_text("--xla_dump_to=x\n--xla_force_host_platform_device_count=3\n")
+    assert spelled_out(str(file)) == "--xla_dump_to=x --xla_force_host_platform_device_count=3"
+    assert spelled_out(" --xla_dump_to=x") == " --xla_dump_to=x"
+    assert spelled_out("") == ""
+    with pytest.raises(UserError, match=r'XLA_FLAGS is "no/such/file", which names no file'):
+        spelled_out("no/such/file")
+
+
+@pytest.mark.parametrize("given", [{"JAX_NUM_CPU_DEVICES": "0"}, {"XLA_FLAGS": f"{COUNT}=0"}])
+def test_no_devices_are_refused(given: dict[str, str]) -> None:
+    program = "import jaxpo.compiler; jaxpo.compiler.set_up('float32')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, **given})
+    assert done.returncode
+    assert "asks for 0 CPU devices" in done.stderr.splitlines()[-1]
+
+
 THREADS = """
 import jaxpo.compiler
 jaxpo.compiler.set_up("float32")
@@ -59,7 +80,7 @@ print(sum(task.read_text() == "tf_XLAEigen\\n" for task in Path("/proc/self/task
     ("given", "expected"),
     [
         ({"JAX_NUM_CPU_DEVICES": "3"}, 4 * 3),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 4 * 3),
+        ({"XLA_FLAGS": f"{COUNT}=3"}, 4 * 3),
         ({"JAX_NUM_CPU_DEVICES": "3", "NPROC": "5"}, 5),
     ],
 )

@@ -538,6 +538,10 @@ BETWEEN_KEYS = [
         ["optimizer.schedule=constant", "optimizer.min_learning_rate_ratio=0.1"],
         "optimizer.min_learning_rate_ratio has no effect with optimizer.schedule constant",
     ),
+    (
+        ["optimizer.rounding=nearest"],
+        "optimizer.rounding has no effect on weights and moments of float32",
+    ),
     (["mesh.tensor=0"], "mesh.tensor is 0; expected a number of devices, or -1"),
     (
         ["mesh.data=-1"],

@@ -611,6 +611,18 @@ TEMPLATES = [
     ),
     Case("max_length that holds no example", ("every row is dropped (no_completion_left: 8)",), ("data.max_length=1",)),
     Case(
+        "rows that all of the data could not fill",
+        ("training.row_length is 1000000000 and training.rows_per_device 1", "tokens in all", "at most 1048576"),
+        ("training.row_length=1000000000",),
+        mended=("training.row_length=256",),
+    ),
+    Case(
+        "more rows at once than all of the data could fill",
+        ("training.rows_per_device 1000000000000", "tokens in all", "at most 1048576"),
+        ("training.rows_per_device=1000000000000",),
+        mended=("training.rows_per_device=2",),
+    ),
+    Case(
         "row_length that holds no example",
         ("training.row_length is 16", "pairs.jsonl:", "Expected a row_length of at least"),
         ("training.row_length=16",),
