@@ -37,15 +37,18 @@ class Packing:
 
     def size(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
         """Tokens [N] that examples take in a row, from prompt lengths [N] and completion lengths [N, K]."""
-        copies = 1 if self.share_prompt else np.count_nonzero(completions, axis=1)
-        return prompt * copies + completions.sum(axis=1)
+        return prompt * self._copies(completions) + completions.sum(axis=1)
 
     def seen(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
         """Keys [N] that the tokens of examples see, all together: what attention by segments costs."""
         prompt, completions = prompt.astype(np.int64), completions.astype(np.int64)
-        copies = 1 if self.share_prompt else np.count_nonzero(completions, axis=1)
         own = (completions * (completions + 1) // 2).sum(axis=1)
-        return copies * (prompt * (prompt + 1) // 2) + prompt * completions.sum(axis=1) + own
+        of_prompts = self._copies(completions) * (prompt * (prompt + 1) // 2)
+        return of_prompts + prompt * completions.sum(axis=1) + own
+
+    def _copies(self, completions: np.ndarray) -> np.ndarray | int:
+        """How often a row holds each prompt."""
+        return 1 if self.share_prompt else np.count_nonzero(completions, axis=1)
 
     def rows_of(self, sizes: Sequence[int]) -> tuple[int, list[list[int]]]:
         """The length of a batch's rows and the examples in each, from the examples' sizes.
@@ -103,8 +106,6 @@ def balanced(rows: list[list[int]], costs: Sequence[int], packing: Packing) -> l
     Rows of like cost, which is the sum of their items', go into one microbatch; there each, the costliest first, goes
     to the device that has the least to do so far (longest processing time first, Graham 1969).
     """
-    if packing.devices == 1:
-        return rows
     of_row = [sum(costs[i] for i in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda r: -of_row[r])
     each = packing.rows // packing.devices
@@ -175,7 +176,8 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
     completion_lengths = np.array([[len(c) for c in e.completions] for e in examples])
     check_fits(packing, prompt_lengths, completion_lengths, lambda i: examples[i].id)
     T, rows = packing.rows_of(packing.size(prompt_lengths, completion_lengths).tolist())
-    rows = balanced(rows, packing.seen(prompt_lengths, completion_lengths).tolist(), packing)
+    if packing.devices > 1:
+        rows = balanced(rows, packing.seen(prompt_lengths, completion_lengths).tolist(), packing)
     num_microbatches = -(-len(rows) // R)
     M = packing.shape_of(T, num_microbatches)
     X = max(bucket(max(map(len, rows))), T // 32)

@@ -53,9 +53,8 @@ def packed_attention(
 ) -> jax.Array:
     """Softmax attention [R, T, N, H] of rotated queries and keys: what `context.visible` lets a token see.
 
-    N is a multiple of K, the heads of keys and values. The softmax is float32; probabilities enter their
-    product with the values in the inputs' precision. A place of padding
-    (segment 0) puts out 0 and passes no gradient on.
+    N is a multiple of K, the heads of keys and values. The softmax is float32; probabilities enter their product with
+    the values in the inputs' precision. A place of padding (segment 0) puts out 0 and passes no gradient on.
     """
     out_RTNH = IMPLEMENTATIONS[implementation](q_RTNH, k_RTKH, v_RTKH, context, window)
     return jnp.where((context.segments > 0)[:, :, None, None], out_RTNH, 0)
