@@ -272,10 +272,9 @@ class Decoder(nnx.Module):
         """Hidden states [R, T, D] in `compute_dtype`, after the final norm.
 
         attend: (q [R, T, N, H], k [R, T, K, H], v [R, T, K, H]) -> [R, T, N, H]; q and k are rotated already.
-        remat: what the backward pass computes again: nothing; all of a layer but its input (`full`), but products and
-        the attention's output (`dots`), or but what goes into the attention and comes out of it (`attention`);
-        `offload` is as `attention`, with what is kept in the host's memory. unroll: layers that the compiler sees at
-        once.
+        remat: what the backward pass computes again: nothing; all of a layer but its input (`full`), but what goes
+        into the attention and comes out of it (`attention`), or but that and products (`dots`); `offload` is as
+        `attention`, with what is kept in the host's memory. unroll: layers that the compiler sees at once.
         """
 
         def attend_uncached(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
@@ -410,7 +409,7 @@ def _rematerialised(layer: Callable[..., Any], remat: Remat) -> Callable[..., An
         case "full":
             policy = policies.save_only_these_names("input")
         case "dots":
-            policy = policies.save_only_these_names("input", PRODUCT, "attention")
+            policy = policies.save_only_these_names("input", PRODUCT, "qkv", "attention")
         case "attention":
             policy = policies.save_only_these_names("input", "qkv", "attention")
         case "offload":

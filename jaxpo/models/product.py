@@ -9,6 +9,7 @@ if asked for a float32 result.
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,7 @@ def _forward(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> tuple[list[jax.Arr
 def _backward(saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     kept, kernels_IO = saved
     pairs = list(zip(d_ys_NO, kernels_IO, strict=True))
-    x, axis = summed_over_rows(restore(kept))
-    d_kernels_IO = [contract(x, d_y_NO, axis, 0, kernel_IO.dtype) for d_y_NO, kernel_IO in pairs]
+    d_kernels_IO = _d_kernels(restore(kept), d_ys_NO, [kernel_IO.dtype for kernel_IO in kernels_IO])
     parts = [contract(d_y_NO, kernel_IO.astype(d_y_NO.dtype), 1, 1, d_y_NO.dtype) for d_y_NO, kernel_IO in pairs]
     return functools.reduce(jnp.add, parts), d_kernels_IO
 
@@ -55,23 +55,35 @@ def _backward(saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]
 _products.defvjp(_forward, _backward)
 
 
+def _d_kernels(x_NI: jax.Array, d_ys_NO: list[jax.Array], dtypes: list[Any]) -> list[jax.Array]:
+    """The gradients [I, O] of the kernels. Where a factor has to be turned, it is the narrower one."""
+    if kept_as_integers(x_NI) and x_NI.shape[1] > sum(d_y_NO.shape[1] for d_y_NO in d_ys_NO):
+        return [
+            turned(contract(turned(d_y_NO), x_NI, 1, 0, dtype)) for d_y_NO, dtype in zip(d_ys_NO, dtypes, strict=True)
+        ]
+    x, axis = summed_over_rows(x_NI)
+    return [contract(x, d_y_NO, axis, 0, dtype) for d_y_NO, dtype in zip(d_ys_NO, dtypes, strict=True)]
+
+
 def summed_over_rows(x: jax.Array) -> tuple[jax.Array, int]:
     """A matrix for the left side of a product over its first axis, and the axis that this is of what is returned.
 
     A CPU multiplies bfloat16 by rows of the left side only: there the matrix is turned first.
     """
-    return (restore(turned(keep(x))), 1) if kept_as_integers(x) else (x, 0)
+    return (turned(x), 1) if kept_as_integers(x) else (x, 0)
 
 
 def turned(x: jax.Array) -> jax.Array:
-    """The transpose of a matrix of unsigned integers, written to memory.
+    """The transpose of a matrix, written to memory.
 
-    Left to itself, XLA has a product read its operand by columns instead, before it looks for a kernel that multiplies
-    bfloat16, and finds none. It cannot tell that the slice taken here is the whole.
+    Left to itself, XLA has a product read its operand or write its result by columns instead, before it looks for a
+    kernel that multiplies bfloat16, and finds none. It cannot tell that the slice taken here is the whole.
     """
-    none = (x[0, 0] >> (x.dtype.itemsize * 8 - 1)) >> 1
-    wider = jnp.pad(x.T, ((0, 1), (0, 0)))
-    return lax.dynamic_slice(wider, (none.astype(jnp.int32), jnp.int32(0)), x.shape[::-1])
+    bits = lax.bitcast_convert_type(x, f"uint{x.dtype.itemsize * 8}")
+    none = (bits[0, 0] >> (x.dtype.itemsize * 8 - 1)) >> 1
+    wider = jnp.pad(bits.T, ((0, 1), (0, 0)))
+    same = lax.dynamic_slice(wider, (none.astype(jnp.int32), jnp.int32(0)), x.shape[::-1])
+    return lax.bitcast_convert_type(same, x.dtype)
 
 
 def contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:

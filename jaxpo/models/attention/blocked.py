@@ -16,6 +16,7 @@ Shape legend: R rows, T tokens of a row, C tokens of a tile, N query heads, K ke
 queries to one of keys, H head size.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,14 +37,10 @@ def attention(
     q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
 ) -> jax.Array:
     """See `packed_attention`. Products are summed in float32; probabilities enter them in the inputs' precision."""
-    T = q_RTNH.shape[1]
-    tile = min(T, TILE)
-
-    # The last tile of a row may begin at its last token.
-    q, k, v = (filled(x, tile) for x in (q_RTNH, k_RTKH, v_RTKH))
+    tile = min(q_RTNH.shape[1], TILE)
     context = Context(*(filled(field, tile) for field in context))
-    out: Any = _attention(tile, q, k, v, context.segments, ranges(context, window))
-    return out[:, :T]
+    out: Any = _attention(tile, q_RTNH, k_RTKH, v_RTKH, context.segments, ranges(context, window))
+    return out
 
 
 class Tiles(NamedTuple):
@@ -75,7 +72,8 @@ def _attention(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: ja
 def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges):
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_RKHGT, k_RKTH, v_RKHT = _queries_last(q, K), _heads_first(k), _tokens_last(v)
+    q_kept, k_kept, v_kept = (_filled(x, tile, segments) for x in (q, k, v))
+    q_RKHGT, k_RKTH, v_RKHT = _queries_last(q_kept, K), _heads_first(k_kept), _tokens_last(v_kept)
     tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -109,7 +107,7 @@ def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.
     R, _, _, _, T = q_RKHGT.shape
     start = (jnp.zeros(q_RKHGT.shape, jnp.float32), jnp.zeros((R, K, G, T), jnp.float32))
     out_RKHGT, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
-    out = named(_tokens_first(out_RKHGT).astype(q.dtype), "attention")
+    out = named(_tokens_first(out_RKHGT)[:, : q.shape[1]].astype(q.dtype), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
     return out, (*map(keep, (q, k, v, out)), segments, sight, lse_RKGT)
 
@@ -117,13 +115,14 @@ def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.
 def _backward(tile: int, saved: Any, d_out: jax.Array):
     *kept, segments, sight, lse_RKGT = saved
     q, k, v, out = map(restore, kept)
-    K, H = k.shape[2:]
+    T, K, H = k.shape[1:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_RKGTH, d_out_RKGTH = _grouped(q, K), _grouped(d_out, K)
-    q_RKHGT, d_out_RKHGT = _queries_last(q, K), _queries_last(d_out, K)
-    k_RKTH, k_RKHT, v_RKTH = _heads_first(k), _tokens_last(k), _heads_first(v)
+    q_kept, k_kept, v_kept, d_out_kept = (_filled(x, tile, segments) for x in (q, k, v, d_out))
+    q_RKGTH, d_out_RKGTH = _grouped(q_kept, K), _grouped(d_out_kept, K)
+    q_RKHGT, d_out_RKHGT = _queries_last(q_kept, K), _queries_last(d_out_kept, K)
+    k_RKTH, k_RKHT, v_RKTH = _heads_first(k_kept), _tokens_last(k_kept), _heads_first(v_kept)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    inner_RKGT = _grouped(inner, K)[..., 0]
+    inner_RKGT = _grouped(filled(inner, tile), K)[..., 0]
     tiles = tiles_of(segments, tile)
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
@@ -156,11 +155,31 @@ def _backward(tile: int, saved: Any, d_out: jax.Array):
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
     start = (jnp.zeros(q_RKHGT.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
     d_q_RKHGT, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
-    d_k, d_v = _heads_first(d_k_RKTH).astype(k.dtype), _heads_first(d_v_RKTH).astype(v.dtype)
-    return _tokens_first(d_q_RKHGT).astype(q.dtype), d_k, d_v, None, None
+    d_q = _written(lambda x: _tokens_first(x)[:, :T].astype(q.dtype), d_q_RKHGT, segments)
+    d_k, d_v = (_written(lambda x: _heads_first(x)[:, :T].astype(q.dtype), x, segments) for x in (d_k_RKTH, d_v_RKTH))
+    return d_q, d_k, d_v, None, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _filled(x: jax.Array, tile: int, segments: jax.Array) -> jax.Array:
+    """x as it is kept, with a tile of zeros more: the last tile of a row may begin at its last token."""
+    return _written(lambda x: filled(x, tile), keep(x), segments)
+
+
+def _written(function: Callable[[jax.Array], jax.Array], x: jax.Array, segments: jax.Array) -> jax.Array:
+    """function(x), for which x is written to memory before, and the result before anything is made of it.
+
+    A CPU's compiler otherwise makes one loop of a transpose and what comes before or after, which reads column by
+    column and takes ten times as long. It cannot tell that there is no segment below 0.
+    """
+
+    def in_a_branch() -> jax.Array:
+        shape = jax.eval_shape(function, x)
+        return lax.cond(segments[0, 0] >= 0, function, lambda _: jnp.zeros(shape.shape, shape.dtype), x)
+
+    return lax.platform_dependent(cpu=in_a_branch, default=lambda: function(x))
 
 
 def _dot(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -195,7 +214,7 @@ def _tokens_last(x: jax.Array) -> jax.Array:
 def _tile(x: jax.Array, r: jax.Array, i: jax.Array, tile: int, axis: int) -> jax.Array:
     """The tile of row r that begins at token i, without the row's axis; `axis` is that of the tokens in x."""
     row = lax.dynamic_index_in_dim(x, r, axis=0, keepdims=False)
-    return lax.dynamic_slice_in_dim(row, i, tile, axis=axis - 1)
+    return restore(lax.dynamic_slice_in_dim(row, i, tile, axis=axis - 1))
 
 
 def _add_to_tile(x_RKTH: jax.Array, d_KCH: jax.Array, r: jax.Array, j: jax.Array) -> jax.Array:
