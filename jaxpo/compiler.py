@@ -19,8 +19,7 @@ THREADS_PER_DEVICE = 4
 
 def set_up(compute_dtype: str) -> None:
     """Set the precision of products, the kernels that a CPU takes for them, and its threads."""
-    # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
-    jax.config.update("jax_default_matmul_precision", "highest" if compute_dtype == "float32" else None)
+    set_precision(compute_dtype)
     os.environ["XLA_FLAGS"] = flags(spelled_out(os.environ.get("XLA_FLAGS", "")), compute_dtype, jax.__version_info__)
     devices = simulated(os.environ["XLA_FLAGS"], int(jax.config.values["jax_num_cpu_devices"]))
     if devices < 1:
@@ -31,6 +30,12 @@ def set_up(compute_dtype: str) -> None:
     if devices > 1:
         # Where XLA takes the size of its pool from.
         os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * devices))
+
+
+def set_precision(compute_dtype: str) -> None:
+    """The part of it that may change in a process: stages of a run may differ in compute_dtype."""
+    # GPUs and TPUs would round the inputs of float32 products to fewer bits unless told otherwise.
+    jax.config.update("jax_default_matmul_precision", "highest" if compute_dtype == "float32" else None)
 
 
 def flags(given: str, compute_dtype: str, version: tuple[int, ...]) -> str:

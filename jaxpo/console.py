@@ -65,6 +65,11 @@ def say(text: str) -> None:
     console.print(printable(text), markup=False, soft_wrap=True)
 
 
+def silence() -> None:
+    """Print nothing more: another process says it."""
+    console.quiet = _errors.quiet = True
+
+
 def rule(title: str) -> None:
     """Print a line across stdout with a title in it: here a part of the run begins."""
     console.print()

@@ -13,6 +13,7 @@ import jaxpo
 
 if TYPE_CHECKING:
     from jaxpo.config import Run
+    from jaxpo.processes import Place
 
 # Help is broken by hand, to fit the narrowest terminals, so that lists and examples stay as they are.
 DESCRIPTION = """\
@@ -227,6 +228,13 @@ def _load(arguments: argparse.Namespace) -> "Run":
     return config_file.load(Path(arguments.config), arguments.overrides)
 
 
+def _place(arguments: argparse.Namespace) -> "Place | None":
+    from jaxpo import processes
+
+    flags = {f"--{name}": getattr(arguments, name) for name in ("coordinator", "processes", "process")}
+    return processes.place(flags, os.environ)
+
+
 # The config is read before `run` is imported, which takes seconds: a mistake in it is told without delay.
 
 
@@ -234,14 +242,14 @@ def _train(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from jaxpo import run
 
-    run.train(config)
+    run.train(config, _place(arguments))
 
 
 def _reference(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from jaxpo import run
 
-    run.fill_reference(config)
+    run.fill_reference(config, _place(arguments))
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -323,10 +331,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", TRAIN, _train)
     _takes_config(train)
+    _takes_place(train)
     _examples(train, "configs/quickstart.yaml", "configs/quickstart.yaml training.seed=1 output_dir=runs/b")
 
     reference = _command(commands, "reference", REFERENCE, _reference)
     _takes_config(reference)
+    _takes_place(reference)
     _examples(reference, "config.yaml reference.cache_dir=/shared/reference")
 
     data = _command(commands, "data", DATA, _data)
@@ -393,6 +403,18 @@ def _takes_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="a YAML file")
     command.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changes to the config")
     command.epilog = OVERRIDES
+
+
+def _takes_place(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "several processes",
+        "SLURM and Open MPI (one for each GPU) and TPU pods on GKE (one for each host)\n"
+        "tell each its place; elsewhere these flags do (one for each host, say), or\n"
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process listens")
+    group.add_argument("--processes", metavar="N", help="how many there are")
+    group.add_argument("--process", metavar="I", help="which one this is, from 0")
 
 
 def _examples(command: argparse.ArgumentParser, *lines: str) -> None:

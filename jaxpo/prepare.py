@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from jaxpo import atomic, compiler, config_file, console
+from jaxpo import atomic, compiler, config_file, console, processes
 from jaxpo.batch import DeviceBatch, HostBatch, Objective
 from jaxpo.config import STAGE, DataSource, ModelConfig, Run, Scratch
 from jaxpo.data import dataset, formats, sources
@@ -74,7 +74,7 @@ class Parts:
 
 def prepare(run: Run, folder: Path) -> Parts:
     """Find the model (make it, if it is from scratch), tokenise the data, lay out the mesh."""
-    compiler.set_up(run.model.compute_dtype)
+    compiler.set_precision(run.model.compute_dtype)
     layout = Layout(make_mesh(run.mesh))
     say_devices(layout)
     path, revision = initial_model(run, folder), run.model.revision
@@ -106,9 +106,7 @@ def prepare(run: Run, folder: Path) -> Parts:
             blocks=head_blocks(training.row_length, training.rows_per_device, layout.platform, layout.mesh.size),
             statistics=run.objective.statistics,
             attention=attention_of(run, layout.platform, checkpoint.decoder_config.head_dim),
-            constrain=layout.constrain,
-            gather=layout.gather_embedding,
-            spread=layout.spread,
+            devices=layout,
         ),
     )
     for key, one in zip(("data.train", "data.eval"), parts.corpora, strict=False):
@@ -290,7 +288,16 @@ def initial_model(run: Run, folder: Path) -> str:
     if run.model.scratch is None:
         assert run.model.path is not None
         return run.model.path
-    made, described = folder / INIT, description(run)
+    made = folder / INIT
+    if processes.is_first():
+        make_once(run, run.model.scratch, made)
+    processes.wait(f"model {made}")
+    return str(made)
+
+
+def make_once(run: Run, scratch: Scratch, made: Path) -> None:
+    """The model from scratch in the folder `made`, unless it is there."""
+    folder, described = made.parent, description(run)
     if made.exists() and not ((made / MADE_OF).exists() and (made / MADE_OF).read_text(encoding="utf-8") == described):
         if latest_step(folder) is not None:
             raise UserError(
@@ -299,9 +306,8 @@ def initial_model(run: Run, folder: Path) -> str:
             )
         shutil.rmtree(made)
     if not made.exists():
-        make_from_scratch(run, run.model, run.model.scratch, made)
+        make_from_scratch(run, run.model, scratch, made)
         atomic.write_text(made / MADE_OF, described)
-    return str(made)
 
 
 def description(run: Run) -> str:
@@ -335,9 +341,16 @@ def source_texts(source: DataSource, objective: Objective) -> Iterator[str]:
 
 
 def say_devices(layout: Layout) -> None:
+    """Say what there is to compute on. Raises UserError where devices of other processes are seen that were not met."""
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"this is one of {jax.process_count()} processes, which did not meet before they began. Expected "
+            "--coordinator, --processes and --process, with which each of them is told its place."
+        )
     devices = layout.mesh.devices.flat
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
-    console.say(f"on {len(devices)} {devices[0].device_kind} device(s){', mesh ' if axes else ''}{axes}")
+    among = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    console.say(f"on {len(devices)} {devices[0].device_kind} device(s){among}{', mesh ' if axes else ''}{axes}")
 
 
 def weights_of(run: Run, checkpoint: Checkpoint) -> str:
@@ -347,7 +360,7 @@ def weights_of(run: Run, checkpoint: Checkpoint) -> str:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"reference.cache_dir {cache_dir} cannot be used: {error}.") from error
-    return weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
+    return processes.same(lambda: weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json"))
 
 
 def at_stage(run: Run, folder: Path) -> Run:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from jaxpo import processes
 from jaxpo.config import Run
 from jaxpo.data.loader import Source
 from jaxpo.data.tokenizer import load_tokenizer
@@ -20,7 +21,7 @@ from jaxpo.models.decoder import Decoder
 from jaxpo.prepare import Parts, check_positions, check_vocabulary, weights_of
 from jaxpo.reference.compute import Examples, completion_logps
 from jaxpo.reference.fingerprint import COMPLETION_LOGPROB_SUM, SHARED_LOGPROB_SUM, table_key
-from jaxpo.reference.store import Filled, fill
+from jaxpo.reference.store import fill
 
 # Fields of a decoder's config that shape new weights only, not what given weights compute.
 INITIAL_ONLY = ("std", "residual_std")
@@ -74,12 +75,12 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
 
         # Two tables that are both missing come of one pass.
         @cache
-        def compute(rows: range) -> np.ndarray:
+        def compute(rows: tuple[int, ...]) -> np.ndarray:
             nonlocal computed
-            computed += int(there[rows].sum())
+            computed += int(there[[*rows]].sum())
             return reference_logps(parts, reference(), source)(rows)
 
-        def filled(q: int, statistic: str) -> Filled:
+        def filled(q: int, statistic: str) -> np.ndarray:
             key = table_key(
                 weights=weights,
                 decoder={name: value for name, value in decoder_config.items() if name not in INITIAL_ONLY},
@@ -90,11 +91,15 @@ def references(parts: Parts, policy: Callable[[], Decoder]) -> References:
                 num_completions=source.num_completions,
                 statistic=statistic,
             )
-            return fill(cache_dir, key, lambda rows: compute(rows)[:, q], example_id=source.id)
+
+            def of_table(compute_rows: Callable[[list[int]], np.ndarray]) -> np.ndarray:
+                return fill(cache_dir, key, lambda rows: compute_rows([*rows]), example_id=source.id).values
+
+            return processes.led(of_table, lambda rows: compute(tuple(rows))[:, q])
 
         wanted = STATISTICS if "shared" in run.objective.statistics else STATISTICS[:1]
         each = [filled(q, statistic) for q, statistic in enumerate(wanted)]
-        return np.stack([one.values for one in each], axis=1), computed, int(there.sum()) - computed
+        return np.stack(each, axis=1), computed, int(there.sum()) - computed
 
     found = [[tables(source) for source in one.sources] for one in parts.corpora]
     whole = [np.concatenate([values for values, _, _ in one]) for one in found]

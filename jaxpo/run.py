@@ -5,6 +5,8 @@ import json
 import resource
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpo import atomic, compiler, console, run_folder
+from jaxpo import atomic, compiler, console, processes, run_folder
 from jaxpo.config import Run
 from jaxpo.config_checks import too_late
 from jaxpo.data import inspect, loader
@@ -48,15 +50,19 @@ from jaxpo.training.optimizer import learning_rate, make_optimizer
 from jaxpo.training.step import TrainState, initial_carry, make_evaluation_step, make_train_step
 
 
-def train(run: Run) -> Path:
-    """Do the stages of a run that are not done yet, then the run itself; returns its folder."""
-    for one in (*run.stages.values(), run):
-        metrics.check_installed(one.logging)
+def train(run: Run, where: processes.Place | None = None) -> Path:
+    """Do the stages of a run that are not done yet, then the run itself; returns its folder.
+
+    where: this process's place among those that train together, if it is not alone and no scheduler tells.
+    """
     # XLA reads what it is told of kernels once, so all stages get those that one of them needs.
     dtypes = {one.model.compute_dtype for one in (run, *run.stages.values())}
     compiler.set_up("bfloat16" if "bfloat16" in dtypes else "float32")
     folder = place_of(run)
-    with claim(folder, run):
+    with together(where), ExitStack() as claimed:
+        for one in (*run.stages.values(), run):
+            metrics.check_installed(one.logging)
+        claimed.enter_context(claim(folder, run))
         for name, stage in run.stages.items():
             place = folder / STAGES / name
             console.rule(f"stage {name}")
@@ -69,14 +75,24 @@ def train(run: Run) -> Path:
     return folder
 
 
-def fill_reference(run: Run) -> None:
+@contextmanager
+def together(where: processes.Place | None) -> Iterator[None]:
+    """One of several processes, of which the first one speaks."""
+    with processes.joined(where):
+        if not processes.is_first():
+            console.silence()
+        yield
+
+
+def fill_reference(run: Run, where: processes.Place | None = None) -> None:
     """Compute and store the reference log-probs that `train` with this config would need."""
     if not run.objective.uses_reference:
         raise UserError(
             f"objective.name is {run.objective.name}, which uses no reference model: there is nothing to fill."
         )
+    compiler.set_up(run.model.compute_dtype)
     folder = place_of(run)
-    with claim(folder, run):
+    with together(where), claim(folder, run):
         parts = prepare(at_stage(run, folder), folder)
         check_examples(parts)
         table = references(parts, cache(lambda: parts.load(parts.checkpoint)))
@@ -88,6 +104,7 @@ def inspect_data(run: Run, stage: str | None, split: str, examples: int) -> None
     if stage is not None and stage not in run.stages:
         known = ", ".join(run.stages) or "none, for the config has no stages"
         raise UserError(f"--stage is {stage}; expected one of the config's stages: {known}.")
+    compiler.set_up(run.model.compute_dtype)
     one = at_stage(run if stage is None else run.stages[stage], place_of(run))
     # A model from scratch is made for the tokenizer's sake; the run's own folder is the trainer's to write.
     with TemporaryDirectory() as folder:
@@ -112,7 +129,7 @@ def place_of(run: Run) -> Path:
 
 def train_one(run: Run, folder: Path) -> None:
     """One run in its folder, which is claimed: from the start or from its last checkpoint."""
-    if (folder / SUMMARY).exists():
+    if processes.same((folder / SUMMARY).exists):
         console.say(f"{folder} holds a finished run; nothing to do. Its weights are in {folder / EXPORT}.")
         return
     progress = Progress()
@@ -121,7 +138,8 @@ def train_one(run: Run, folder: Path) -> None:
         check_examples(parts)
         advise_weights(run, parts.train)
         run_folder.check_same_inputs(folder, parts, resumed=latest_step(folder) is not None)
-        write_dropped(parts, folder)
+        if processes.is_first():
+            write_dropped(parts, folder)
     with Checkpoints(folder, run.training) as checkpoints:
         trained = course(parts, folder, checkpoints, progress)
         finish(parts, folder, checkpoints, trained)
@@ -142,10 +160,15 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     run, config, training = parts.run, parts.checkpoint.decoder_config, parts.run.training
     epoch = len(loader.epoch_order(parts.train, run.data.shuffle, training.seed))
     steps = loader.num_steps(epoch, training.batch_size, training.num_epochs, training.max_steps)
+    if training.max_steps is not None and steps < training.max_steps:
+        console.say(
+            f"training.num_epochs {training.num_epochs} is over after {steps} steps, before training.max_steps "
+            f"{training.max_steps}"
+        )
     for key, text in too_late(run, steps, f"the {steps} steps of the run"):
         raise UserError(f"{key} {text}.")
     optimizer = make_optimizer(run.optimizer, config, steps, training.max_grad_norm, run.model.dtype)
-    first = checkpoints.latest() or 0
+    first = processes.same(checkpoints.latest) or 0
     loaded: list[Decoder] = []
 
     def initial() -> Decoder:
@@ -188,12 +211,14 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     if parts.eval is not None:
         step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
         evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
-    sinks = metrics.open_sinks(run, folder, first)
+    # What the last process wrote after its last checkpoint is taken away before it is read.
+    sinks = metrics.open_sinks(run, folder, first) if processes.is_first() else []
+    records = processes.same(lambda: metrics.read(folder))
     work = Loop(
         config=training,
         control=run.control,
         folder=folder,
-        records=metrics.read(folder),
+        records=records,
         num_steps=steps,
         log_every=run.logging.every,
         steps_per_epoch=epoch / training.batch_size,
@@ -265,6 +290,8 @@ def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
         return
     ends = end_ids(run, parts.checkpoint, parts.tokenizer)
     answers = greedy(decoder, prompts, run.samples.max_new_tokens, ends, run.model.compute_dtype)
+    if not processes.is_first():
+        return
     path = folder / SAMPLES
     so_far = read_samples(path)
     so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
@@ -286,18 +313,19 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
     """Samples, plots, export, and last of all the summary, which marks the run as finished."""
     run, progress, stopped = parts.run, trained.progress, trained.stopped
     decoder, step = trained.decoder, trained.step
-    best = checkpoints.best() if run.export.checkpoint == "best" else step
+    best = processes.same(checkpoints.best) if run.export.checkpoint == "best" else step
     if best is None:
         console.warn(f"no evaluation gave a finite {run.training.best_metric}, so the last step is exported")
     elif best != step:
         console.say(f"exporting step {best}, the best by {run.training.best_metric}")
         decoder, step = restore_decoder(folder, best, jax.tree.map(abstract_of, decoder)), best
-    records = metrics.read(folder)
+    records = processes.same(lambda: metrics.read(folder))
     before, after = held_out(records, 0), held_out(records, step)
     with progress.timed("samples"):
         sample(parts, folder, decoder, "after")
-    with progress.timed("plots"):
-        plots.write(records, folder / "plots")
+    if processes.is_first():
+        with progress.timed("plots"):
+            plots.write(records, folder / "plots")
     with progress.timed("export"):
         deliver(run, parts.checkpoint, parts.tokenizer, decoder, folder / EXPORT, run.export.dtype)
     summary = {
@@ -306,7 +334,7 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
         "after": after,
         "reference": {"computed": trained.references.computed, "reused": trained.references.reused},
         **loop.speed(progress.rates(), parts.layout.peak_flops),
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": int(processes.each(peak_bytes()).max()),
         "dropped": dropped(parts),
         "truncated": truncated(parts),
         "steps": trained.step,
@@ -315,8 +343,10 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
         "examples": progress.examples,
         "seconds": {stage: round(seconds, 3) for stage, seconds in sorted(progress.seconds.items())},
     }
-    atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1))
-    report.show(folder, summary)
+    if processes.is_first():
+        atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1))
+        report.show(folder, summary)
+    processes.wait(f"{folder} is finished")
 
 
 def abstract_of(array: jax.Array) -> jax.ShapeDtypeStruct:

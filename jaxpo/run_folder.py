@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from jaxpo import atomic, config_file
+from jaxpo import atomic, config_file, processes
 from jaxpo.config import Run
 from jaxpo.errors import UserError
 from jaxpo.prepare import INIT, STAGES, Parts, weights_of
@@ -20,6 +21,8 @@ SUMMARY = "summary.json"
 SAMPLES = "samples.json"
 EXPORT = "export"
 INPUTS = "inputs.json"
+# By which several processes see that they have the same folder.
+MARK = ".claimed"
 
 # What a resumed run may change: it decides speed, memory, places or what is logged, never what is learnt.
 FREE = (
@@ -49,6 +52,16 @@ FREE = (
 def claim(folder: Path, run: Run) -> Iterator[None]:
     """Hold the run's folder against other processes, and see that what is in it belongs to this run."""
     with ExitStack() as stack:
+        if not processes.is_first():
+            mark = processes.same(str)
+            if not (folder / MARK).exists() or (folder / MARK).read_text(encoding="utf-8") != mark:
+                raise UserError(
+                    f"output_dir {folder} is not the same folder for all processes: {processes.name()} does not see "
+                    "what the first one has written there. Expected a folder that all hosts share."
+                )
+            processes.wait(f"claim {folder}")
+            yield
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(folder / ".lock", timeout=0))
@@ -60,13 +73,19 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
+        if processes.several():
+            mark = secrets.token_hex(8)
+            atomic.write_text(folder / MARK, mark)
+            processes.same(lambda: mark)
+            processes.wait(f"claim {folder}")
+            (folder / MARK).unlink()
         yield
 
 
 def check_same_run(folder: Path, run: Run) -> None:
     """Raise UserError if the folder holds something else than this run: nothing that was learnt is overwritten."""
     if not (folder / CONFIG).exists():
-        names = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", INIT, STAGES))
+        names = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", MARK, INIT, STAGES))
         # A run that was killed while it wrote its config has left the half of it under such a name.
         foreign = [name for name in names if not name.startswith(f".{CONFIG}.")]
         if foreign:
@@ -136,6 +155,8 @@ def check_same_inputs(folder: Path, parts: Parts, resumed: bool) -> None:
     """Remember in inputs.json what a run starts from; raise UserError if a resumed one started from something else."""
     path = folder / INPUTS
     now = inputs(parts)
+    if not processes.is_first():
+        return
     if resumed and path.exists():
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))

@@ -18,6 +18,7 @@ ORDER = [
         "jaxpo.atomic",
         "jaxpo.allocator",
         "jaxpo.compiler",
+        "jaxpo.processes",
         "jaxpo.models.kept",
         "jaxpo.models.product",
     ],

@@ -15,6 +15,7 @@ import jaxpo
 from jaxpo import launch
 from jaxpo.config import Run
 from jaxpo.errors import UserError
+from jaxpo.processes import Place
 
 CONFIG = "model: {path: m}\ndata: {train: [{path: d}]}\noutput_dir: out\n"
 TINY = """\
@@ -80,8 +81,10 @@ def python(code: str, *arguments: str, folder: Path) -> subprocess.CompletedProc
 
 def test_train_and_reference_get_the_config_with_its_overrides(folder: Path, calls: Calls):
     assert launch.main(["train", "config.yaml", "training.seed=3", "output_dir=elsewhere"]) == 0
-    assert launch.main(["reference", "config.yaml"]) == 0
-    (train, trained), (reference, referred) = calls.made
+    place = ["--coordinator", "host:1", "--processes", "2", "--process", "1"]
+    assert launch.main(["reference", "config.yaml", *place]) == 0
+    (train, trained, alone), (reference, referred, among) = calls.made
+    assert (alone, among) == (None, Place("host:1", 2, 1))
     assert (train, reference) == ("train", "fill_reference")
     assert isinstance(trained, Run)
     assert (trained.training.seed, trained.output_dir) == (3, Path("elsewhere"))

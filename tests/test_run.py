@@ -146,14 +146,15 @@ def test_the_written_config_reproduces_the_run(finished: Path, tmp_path: Path):
     assert summary(out)["reference"] == {"computed": 0, "reused": 192}
 
 
-def test_dropped_rows_are_listed(train: Train, tiny: Path, tmp_path: Path):
-    rows = (tiny / "dpo.jsonl").read_text().splitlines()[:12]
+def test_dropped_rows_are_listed_and_data_that_end_early_are_told(
+    train: Train, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    rows = (tiny / "dpo.jsonl").read_text().splitlines()[:9]
     equal = json.loads(rows[3])
     equal["rejected"] = equal["chosen"]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows[:3], json.dumps(equal), *rows[4:]]) + "\n")
-    out = train(
-        "dpo", f"data.train=[{{path: {tmp_path}/rows.jsonl}}]", "training.max_steps=1", "training.eval_every=null"
-    )
+    out = train("dpo", f"data.train=[{{path: {tmp_path}/rows.jsonl}}]", "training.eval_every=null")
+    assert "training.num_epochs 1 is over after 1 steps, before training.max_steps 6" in capfd.readouterr().out
     assert summary(out)["dropped"] == {"equal_answers": 1}
     (line,) = map(json.loads, (out / "dropped.jsonl").read_text().splitlines())
     assert line["where"].endswith("rows.jsonl:4")

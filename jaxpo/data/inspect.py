@@ -129,9 +129,10 @@ def judgements(dataset: Source) -> list[tuple[str, object]]:
 
 def show_fill(fill: Fill, packing: Packing, batch_size: int) -> None:
     """Print how batches pack."""
+    aside = " without the examples that fit into no row" if fill.too_long else ""
     console.say(
-        f"packing: {fill.fraction:.1%} of the places in rows of {packing.row_length} tokens hold a token; a batch of "
-        f"{batch_size} examples takes {fill.rows_per_batch:.1f} rows on average"
+        f"packing{aside}: {fill.fraction:.1%} of the places in rows of {packing.row_length} tokens hold a token; "
+        f"a batch of {batch_size} examples takes {fill.rows_per_batch:.1f} rows on average"
     )
     if fill.too_long:
         console.warn(f"{fill.too_long} examples are longer than training.row_length {packing.row_length}")

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpo.models.kept import named_anywhere, recomputed
-from jaxpo.models.product import PRODUCT, linears
+from jaxpo.models.product import PRODUCT, Parts, Split, linears
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 CachedAttend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -114,20 +114,39 @@ class Linear(nnx.Module):
     """x [..., *inputs] -> [..., *outputs]; kernel [*inputs, *outputs], bias [*outputs] or None."""
 
     def __init__(
-        self, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, std: float, key: jax.Array, dtype: Any
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        bias: bool,
+        std: float,
+        key: jax.Array,
+        dtype: Any,
+        writes: bool = False,
     ):
+        """writes: whether it writes into the residual stream; else it reads from there."""
+        self.writes = writes
         self.kernel = nnx.Param(_normal(key, (*inputs, *outputs), std, dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
         self.num_input_axes = len(inputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        (y,) = together(x, self)
+    def split(self, parts: Parts) -> Split:
+        """How the kernel is split, as a matrix."""
+        other = self.kernel.shape[0 if self.writes else self.num_input_axes]
+        even = parts.ways > 1 and other % parts.ways == 0
+        return Split(parts.over, axis=int(self.writes), across=parts.across if even else None)
+
+    def __call__(self, x: jax.Array, parts: Parts | None) -> jax.Array:
+        (y,) = together(x, parts, self)
         return y
 
 
-def together(x: jax.Array, *layers: Linear) -> list[jax.Array]:
-    """What each of the layers makes of the same x, which is kept once for the backward pass."""
-    ys = linears(x, [layer.kernel[...] for layer in layers], layers[0].num_input_axes)
+def together(x: jax.Array, parts: Parts | None, *layers: Linear) -> list[jax.Array]:
+    """What each of the layers makes of the same x, which is kept once for the backward pass.
+
+    parts: how kernels are split, see `Decoder.hidden`.
+    """
+    splits = None if parts is None else [layer.split(parts) for layer in layers]
+    ys = linears(x, [layer.kernel[...] for layer in layers], layers[0].num_input_axes, splits)
     biases = [layer.bias for layer in layers]
     return [y if bias is None else y + bias[...].astype(x.dtype) for y, bias in zip(ys, biases, strict=True)]
 
@@ -167,19 +186,24 @@ class Attention(nnx.Module):
         self.query = Linear((D,), (N, H), config.qkv_bias, config.std, q_key, dtype)
         self.key = Linear((D,), (K, H), config.qkv_bias, config.std, k_key, dtype)
         self.value = Linear((D,), (K, H), config.qkv_bias, config.std, v_key, dtype)
-        self.out = Linear((N, H), (D,), config.out_bias, config.residual_std, out_key, dtype)
+        self.out = Linear((N, H), (D,), config.out_bias, config.residual_std, out_key, dtype, writes=True)
         self.query_norm = RMSNorm(H, config.norm_eps, dtype) if config.qk_norm else None
         self.key_norm = RMSNorm(H, config.norm_eps, dtype) if config.qk_norm else None
 
     def __call__(
-        self, x_RTD: jax.Array, rotate: Callable[[jax.Array], jax.Array], attend: CachedAttend, cache: Any
+        self,
+        x_RTD: jax.Array,
+        rotate: Callable[[jax.Array], jax.Array],
+        attend: CachedAttend,
+        cache: Any,
+        parts: Parts | None,
     ) -> tuple[jax.Array, Any]:
-        q_RTNH, k_RTKH, v_RTKH = together(x_RTD, self.query, self.key, self.value)
+        q_RTNH, k_RTKH, v_RTKH = together(x_RTD, parts, self.query, self.key, self.value)
         if self.query_norm is not None and self.key_norm is not None:
             q_RTNH, k_RTKH = self.query_norm(q_RTNH), self.key_norm(k_RTKH)
         q_RTNH, k_RTKH, v_RTKH = (named_anywhere(x, "qkv") for x in (rotate(q_RTNH), rotate(k_RTKH), v_RTKH))
         out_RTNH, cache = attend(q_RTNH, k_RTKH, v_RTKH, cache)
-        return self.out(out_RTNH), cache
+        return self.out(out_RTNH, parts), cache
 
 
 def _gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -198,12 +222,12 @@ class GatedMLP(nnx.Module):
         gate_key, up_key, down_key = jax.random.split(key, 3)
         self.gate = Linear((D,), (F,), config.mlp_bias, config.std, gate_key, dtype)
         self.up = Linear((D,), (F,), config.mlp_bias, config.std, up_key, dtype)
-        self.down = Linear((F,), (D,), config.mlp_bias, config.residual_std, down_key, dtype)
+        self.down = Linear((F,), (D,), config.mlp_bias, config.residual_std, down_key, dtype, writes=True)
         self.activation: Activation = config.activation
 
-    def __call__(self, x_RTD: jax.Array) -> jax.Array:
-        gate_RTF, up_RTF = together(x_RTD, self.gate, self.up)
-        return self.down(recomputed(partial(_gated, ACTIVATIONS[self.activation]))(gate_RTF, up_RTF))
+    def __call__(self, x_RTD: jax.Array, parts: Parts | None) -> jax.Array:
+        gate_RTF, up_RTF = together(x_RTD, parts, self.gate, self.up)
+        return self.down(recomputed(partial(_gated, ACTIVATIONS[self.activation]))(gate_RTF, up_RTF), parts)
 
 
 class PlainMLP(nnx.Module):
@@ -213,11 +237,11 @@ class PlainMLP(nnx.Module):
         D, F = config.width, config.mlp_width
         up_key, down_key = jax.random.split(key)
         self.up = Linear((D,), (F,), config.mlp_bias, config.std, up_key, dtype)
-        self.down = Linear((F,), (D,), config.mlp_bias, config.residual_std, down_key, dtype)
+        self.down = Linear((F,), (D,), config.mlp_bias, config.residual_std, down_key, dtype, writes=True)
         self.activation: Activation = config.activation
 
-    def __call__(self, x_RTD: jax.Array) -> jax.Array:
-        return self.down(recomputed(partial(_activated, ACTIVATIONS[self.activation]))(self.up(x_RTD)))
+    def __call__(self, x_RTD: jax.Array, parts: Parts | None) -> jax.Array:
+        return self.down(recomputed(partial(_activated, ACTIVATIONS[self.activation]))(self.up(x_RTD, parts)), parts)
 
 
 MLPS = {"gated": GatedMLP, "plain": PlainMLP}
@@ -234,11 +258,16 @@ class Block(nnx.Module):
         self.mlp = MLPS[config.mlp](config, mlp_key, dtype)
 
     def __call__(
-        self, x_RTD: jax.Array, rotate: Callable[[jax.Array], jax.Array], attend: CachedAttend, cache: Any
+        self,
+        x_RTD: jax.Array,
+        rotate: Callable[[jax.Array], jax.Array],
+        attend: CachedAttend,
+        cache: Any,
+        parts: Parts | None,
     ) -> tuple[jax.Array, Any]:
-        attended_RTD, cache = self.attention(self.attention_norm(x_RTD), rotate, attend, cache)
+        attended_RTD, cache = self.attention(self.attention_norm(x_RTD), rotate, attend, cache, parts)
         x_RTD = x_RTD + attended_RTD
-        return x_RTD + self.mlp(self.mlp_norm(x_RTD)), cache
+        return x_RTD + self.mlp(self.mlp_norm(x_RTD), parts), cache
 
 
 class Decoder(nnx.Module):
@@ -268,20 +297,29 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         remat: Remat = "none",
         unroll: int = 1,
+        parts: Parts | None = None,
     ) -> tuple[jax.Array, None]:
         """Hidden states [R, T, D] in `compute_dtype`, after the final norm.
 
         attend: (q [R, T, N, H], k [R, T, K, H], v [R, T, K, H]) -> [R, T, N, H]; q and k are rotated already.
         remat: what the backward pass computes again: nothing; all of a layer but its input (`full`), but what goes
         into the attention and comes out of it (`attention`), or but that and products (`dots`); `offload` is as
-        `attention`, with what is kept in the host's memory. unroll: layers that the compiler sees at once.
+        `attention`, with what is kept in the host's memory. unroll: layers that the compiler sees at once. parts: how
+        the blocks' kernels are split, if they are; they are gathered product by product.
         """
 
         def attend_uncached(q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
             return attend(q, k, v), cache
 
         return self.hidden_with_cache(
-            tokens_RT, positions_RT, attend_uncached, None, compute_dtype=compute_dtype, remat=remat, unroll=unroll
+            tokens_RT,
+            positions_RT,
+            attend_uncached,
+            None,
+            compute_dtype=compute_dtype,
+            remat=remat,
+            unroll=unroll,
+            parts=parts,
         )
 
     def hidden_with_cache(
@@ -294,6 +332,7 @@ class Decoder(nnx.Module):
         compute_dtype: Any = jnp.float32,
         remat: Remat = "none",
         unroll: int = 1,
+        parts: Parts | None = None,
     ) -> tuple[jax.Array, Any]:
         """As `hidden`, with a cache: a pytree of leaves [L, ...].
 
@@ -306,7 +345,7 @@ class Decoder(nnx.Module):
 
         def layer(x: jax.Array, block_and_cache: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, layer_cache = block_and_cache
-            return block(named_anywhere(x, "input"), rotate, attend, layer_cache)
+            return block(named_anywhere(x, "input"), rotate, attend, layer_cache, parts)
 
         x_RTD, cache = jax.lax.scan(_rematerialised(layer, remat), x_RTD, (self.blocks, cache), unroll=unroll)
         return self.final_norm(x_RTD), cache

@@ -5,14 +5,16 @@ A tensor at a time leaves the devices, so host memory stays at the largest tenso
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from jaxpo import atomic
+from jaxpo import atomic, processes
 from jaxpo.console import Progress, progress
 from jaxpo.errors import UserError
 from jaxpo.models import families
@@ -65,20 +67,48 @@ def export(
     The folder appears at once and complete: it is written beside itself under another name and then renamed. An earlier
     export of jaxpo to which nothing was added is replaced; any other folder that is not empty is a UserError.
     """
-    _check_free(folder)
-    dtype = np.dtype(jax.tree.leaves(decoder)[0].dtype if dtype is None else dtype)
-    with atomic.new_folder(folder) as new:
+    leaves = jax.tree.leaves(decoder)
+    dtype = np.dtype(leaves[0].dtype if dtype is None else dtype)
+    # A decoder on the devices of several processes leaves them tensor by tensor, with all processes at hand.
+    together = not all(leaf.is_fully_addressable for leaf in leaves)
+    with _folder_of_all(folder) if together else _new_folder(folder) as new:
         # The tokenizer goes first: what it writes beside its own files must not replace ours.
-        _write_tokenizer(new, tokenizer, pad_token)
+        if not together or processes.is_first():
+            _write_tokenizer(new, tokenizer, pad_token)
+        _write_weights(new, decoder, hf_config, dtype, max_shard_bytes, together)
+        if together:
+            processes.wait(f"weights of {folder}")
+        if together and not processes.is_first():
+            return
         if chat_template is not None:
             # transformers and vLLM take this file before what the tokenizer's config may say.
             (new / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        _write_weights(new, decoder, hf_config, dtype, max_shard_bytes)
         _write_json(new / "config.json", _config(decoder.config.head, hf_config, dtype))
         if decoder.config.head != "score":
             _write_json(new / "generation_config.json", generation_config or _special_tokens(hf_config))
         files = sorted(str(file.relative_to(new)) for file in new.rglob("*") if file.is_file())
         _write_json(new / MARK, {"files": files})
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    _check_free(folder)
+    with atomic.new_folder(folder) as new:
+        yield new
+
+
+@contextmanager
+def _folder_of_all(folder: Path) -> Iterator[Path]:
+    """The folder to fill, for all processes; it takes its name when all of them have left the block."""
+    if processes.is_first():
+        with _new_folder(folder) as new:
+            processes.same(lambda: str(new))
+            yield new
+            processes.wait(f"{folder} is written")
+    else:
+        yield Path(processes.same(str))
+        processes.wait(f"{folder} is written")
+    processes.wait(f"{folder} is there")
 
 
 def _check_free(folder: Path) -> None:
@@ -112,8 +142,14 @@ def _config(head: Head, hf_config: Mapping[str, Any], dtype: np.dtype) -> dict[s
 
 
 def _write_weights(
-    folder: Path, decoder: Decoder, hf_config: Mapping[str, Any], dtype: np.dtype, max_shard_bytes: int
+    folder: Path,
+    decoder: Decoder,
+    hf_config: Mapping[str, Any],
+    dtype: np.dtype,
+    max_shard_bytes: int,
+    together: bool,
 ) -> None:
+    """The weights, in files of which, of processes `together`, each writes its share; the first writes the index."""
     params = by_path(decoder)
     tensors = families.tensors(hf_config, decoder.config, str(folder))
     shards = _shards(tensors, dtype, max_shard_bytes)
@@ -123,9 +159,14 @@ def _write_weights(
         for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             announced = {tensor.name: (dtype, tensor.shape) for tensor in shard}
-            write(folder / file, announced, _values(shard, params, dtype, bar))
+            values = _values(shard, params, dtype, bar)
+            if not together or processes.writes(number):
+                write(folder / file, announced, values)
+            else:
+                # What another process writes leaves the devices of this one all the same.
+                deque(values, maxlen=0)
             weight_map |= dict.fromkeys(announced, file)
-    if len(shards) > 1:
+    if len(shards) > 1 and (not together or processes.is_first()):
         count = sum(np.prod(tensor.shape, dtype=int) for tensor in tensors)
         metadata = {"total_parameters": int(count), "total_size": total}
         _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
@@ -136,7 +177,7 @@ def _values(
 ) -> Iterator[np.ndarray]:
     for tensor in shard:
         yield tensor.join(
-            [np.asarray(_layer(params[name], tensor.layer)).astype(dtype, copy=False) for name in tensor.params]
+            [processes.whole(_layer(params[name], tensor.layer)).astype(dtype, copy=False) for name in tensor.params]
         )
         bar.advance(_nbytes(tensor, dtype))
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpo import processes
 from jaxpo.errors import UserError
 from jaxpo.models.decoder import CachedAttend, Decoder, Learned
 
@@ -51,7 +52,7 @@ def greedy(
     for row, prompt in zip(tokens_BP, prompts, strict=True):
         row[: len(prompt)] = prompt
     eos = np.array(sorted(eos_ids), np.int32)
-    new, counts = jax.device_get(_generate(decoder, tokens_BP, lengths_B, eos, max_new_tokens, compute_dtype))
+    new, counts = map(processes.whole, _generate(decoder, tokens_BP, lengths_B, eos, max_new_tokens, compute_dtype))
     return [row[:count] for row, count in zip(new, counts, strict=True)]
 
 

@@ -8,12 +8,13 @@ if asked for a float32 result.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxpo.models.kept import keep, kept_as_integers, named, restore
 
@@ -21,35 +22,91 @@ from jaxpo.models.kept import keep, kept_as_integers, named, restore
 PRODUCT = "product"
 
 
-def linears(x: jax.Array, kernels: Sequence[jax.Array], num_input_axes: int) -> list[jax.Array]:
+class Parts(NamedTuple):
+    """How matrices lie on devices, inside a `jax.shard_map` over the mesh axis `over`.
+
+    Along the width of the residual stream they are split over that axis; along the other one, where it divides evenly,
+    over the `ways` devices of the mesh axis `across`, which is left to a partitioner.
+    """
+
+    over: str
+    across: str
+    ways: int
+
+
+class Split(NamedTuple):
+    """How a matrix is split: over a mesh axis along its axis 0 or 1, and across another one, if so, along the other."""
+
+    over: str
+    axis: int
+    across: str | None
+
+    def whole(self, matrix: jax.Array) -> jax.Array:
+        """The matrix, gathered from all that it is split over."""
+        return self._along(lambda m: lax.all_gather(m, self.over, axis=self.axis, tiled=True), matrix)
+
+    def summed(self, matrix: jax.Array) -> jax.Array:
+        """A part of the sum of the matrices of all that it is split over."""
+        return self._along(lambda m: lax.psum_scatter(m, self.over, scatter_dimension=self.axis, tiled=True), matrix)
+
+    def _along(self, move: Callable[[jax.Array], jax.Array], matrix: jax.Array) -> jax.Array:
+        if self.across is None:
+            return move(matrix)
+        # A partitioner would bring together what lies across, not knowing that it can be moved as it is.
+        at = PartitionSpec(*(None if axis == self.axis else self.across for axis in range(2)))
+        return jax.shard_map(move, in_specs=at, out_specs=at, axis_names={self.across}, check_vma=False)(matrix)
+
+
+def linears(
+    x: jax.Array, kernels: Sequence[jax.Array], num_input_axes: int, splits: Sequence[Split] | None = None
+) -> list[jax.Array]:
     """x [..., *inputs] times each kernel [*inputs, *outputs]: [..., *outputs] of x's dtype, summed in float32.
 
-    The backward pass keeps x once for them all.
+    The backward pass keeps x once for them all. Kernels that are split, as matrices, are gathered for each product, in
+    x's dtype, and their gradients are summed to where the parts lie, in the kernels' own.
     """
     leading, inputs = x.shape[: x.ndim - num_input_axes], x.shape[x.ndim - num_input_axes :]
     outputs = [kernel.shape[num_input_axes:] for kernel in kernels]
-    matrices = [k.reshape(math.prod(inputs), math.prod(out)) for k, out in zip(kernels, outputs, strict=True)]
-    ys = _products(x.reshape(math.prod(leading), math.prod(inputs)), matrices)
-    return [y.reshape(*leading, *out) for y, out in zip(ys, outputs, strict=True)]
+    matrices = [k.reshape(-1, math.prod(out)) for k, out in zip(kernels, outputs, strict=True)]
+    ys = _products(splits and tuple(splits), x.reshape(math.prod(leading), math.prod(inputs)), matrices)
+    return [y.reshape(*leading, *out[:-1], -1) for y, out in zip(ys, outputs, strict=True)]
 
 
-def _named_products(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> list[jax.Array]:
-    return [named(contract(x_NI, kernel_IO.astype(x_NI.dtype), 1, 0, x_NI.dtype), PRODUCT) for kernel_IO in kernels_IO]
+Splits = tuple[Split, ...] | None
 
 
-_products = jax.custom_vjp(_named_products)
+def _named_products(splits: Splits, x_NI: jax.Array, kernels_IO: list[jax.Array]) -> list[jax.Array]:
+    whole = _whole(splits, [kernel_IO.astype(x_NI.dtype) for kernel_IO in kernels_IO])
+    return [named(contract(x_NI, kernel_IO, 1, 0, x_NI.dtype), PRODUCT) for kernel_IO in whole]
 
 
-def _forward(x_NI: jax.Array, kernels_IO: list[jax.Array]) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
-    return _named_products(x_NI, kernels_IO), (keep(x_NI), kernels_IO)
+_products = jax.custom_vjp(_named_products, nondiff_argnums=(0,))
 
 
-def _backward(saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+def _forward(
+    splits: Splits, x_NI: jax.Array, kernels_IO: list[jax.Array]
+) -> tuple[list[jax.Array], tuple[jax.Array, list[jax.Array]]]:
+    return _named_products(splits, x_NI, kernels_IO), (keep(x_NI), kernels_IO)
+
+
+def _backward(
+    splits: Splits, saved: tuple[jax.Array, list[jax.Array]], d_ys_NO: list[jax.Array]
+) -> tuple[jax.Array, list[jax.Array]]:
     kept, kernels_IO = saved
-    pairs = list(zip(d_ys_NO, kernels_IO, strict=True))
-    d_kernels_IO = _d_kernels(restore(kept), d_ys_NO, [kernel_IO.dtype for kernel_IO in kernels_IO])
-    parts = [contract(d_y_NO, kernel_IO.astype(d_y_NO.dtype), 1, 1, d_y_NO.dtype) for d_y_NO, kernel_IO in pairs]
+    whole = _whole(splits, [k.astype(d_y.dtype) for k, d_y in zip(kernels_IO, d_ys_NO, strict=True)])
+    dtypes = [kernel_IO.dtype for kernel_IO in kernels_IO]
+    # What many devices sum up is rounded after that.
+    summed_in = dtypes if splits is None else [jnp.dtype(jnp.float32)] * len(dtypes)
+    d_kernels_IO = _d_kernels(restore(kept), d_ys_NO, summed_in)
+    parts = [contract(d_y_NO, k_IO, 1, 1, d_y_NO.dtype) for d_y_NO, k_IO in zip(d_ys_NO, whole, strict=True)]
+    if splits is not None:
+        of_parts = zip(splits, d_kernels_IO, dtypes, strict=True)
+        d_kernels_IO = [split.summed(d).astype(dtype) for split, d, dtype in of_parts]
     return functools.reduce(jnp.add, parts), d_kernels_IO
+
+
+def _whole(splits: Splits, kernels_IO: list[jax.Array]) -> list[jax.Array]:
+    return kernels_IO if splits is None else [s.whole(k) for s, k in zip(splits, kernels_IO, strict=True)]
 
 
 _products.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jax import lax
 
 from jaxpo.batch import Carry, Completions, DeviceBatch, Statistic
 from jaxpo.models.attention import Attention, Context, Implementation, packed_attention
-from jaxpo.models.decoder import Decoder, Remat
+from jaxpo.models.decoder import Decoder, DecoderConfig, Remat
+from jaxpo.models.product import Parts
 from jaxpo.objectives.logprobs import Blocks, token_scores
 
 
@@ -35,8 +36,33 @@ class Scores(NamedTuple):
     rewards: jax.Array
 
 
-def as_it_is(value: Any) -> Any:
-    return value
+Score = Callable[[Decoder, DeviceBatch], Scores]
+
+
+class Devices(Protocol):
+    """How a forward pass is spread over devices, see `training.mesh.Layout`."""
+
+    def over_rows(self, score: Score) -> Score: ...
+    def whole(self, decoder: Decoder) -> Decoder: ...
+    def parts(self, config: DecoderConfig) -> Parts | None: ...
+    def spread(self, attention: Attention) -> Attention: ...
+
+
+@dataclass(frozen=True)
+class OneDevice:
+    """One device, which has everything."""
+
+    def over_rows(self, score: Score) -> Score:
+        return score
+
+    def whole(self, decoder: Decoder) -> Decoder:
+        return decoder
+
+    def parts(self, config: DecoderConfig) -> Parts | None:
+        return None
+
+    def spread(self, attention: Attention) -> Attention:
+        return attention
 
 
 @dataclass(frozen=True)
@@ -44,9 +70,8 @@ class Scorer:
     """The numerics of a forward pass.
 
     compute_dtype: of matrix products. remat, unroll: see `ModelConfig`. blocks: what meets the head at once.
-    statistics: what to compute besides log-prob sums. attention: which implementation of it. constrain:
-    keeps [R, ...] activations sharded over the mesh's batch axes. gather: brings together first what the forward pass
-    needs whole. spread: makes of an attention one that runs on each device by itself, on its rows and heads.
+    statistics: what to compute besides log-prob sums. attention: which implementation of it. devices: how it all is
+    spread over them.
     """
 
     compute_dtype: str
@@ -55,22 +80,22 @@ class Scorer:
     statistics: frozenset[Statistic] = frozenset()
     attention: Implementation = "dense"
     unroll: int = 1
-    constrain: Callable[[jax.Array], jax.Array] = as_it_is
-    gather: Callable[[Decoder], Decoder] = as_it_is
-    spread: Callable[[Attention], Attention] = as_it_is
+    devices: Devices = OneDevice()
 
     def __call__(self, decoder: Decoder, batch: DeviceBatch) -> Scores:
         """Score one microbatch: the fields of `batch` without their M axis."""
+        return self.devices.over_rows(self._on_each)(decoder, batch)
 
-        decoder = self.gather(decoder)
+    def _on_each(self, decoder: Decoder, batch: DeviceBatch) -> Scores:
+        """Of a device's own rows, with its own parts of the weights."""
+        decoder = self.devices.whole(decoder)
         R, X, B = batch.lengths.shape
 
         context = Context(batch.segments, batch.branches, batch.positions)
-        attention = self.spread(partial(packed_attention, implementation=self.attention))
+        attention = self.devices.spread(partial(packed_attention, implementation=self.attention))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            q, k, v = map(self.constrain, (q, k, v))
-            return self.constrain(attention(q, k, v, context, decoder.config.window))
+            return attention(q, k, v, context, decoder.config.window)
 
         hidden_RTD, _ = decoder.hidden(
             batch.tokens,
@@ -79,15 +104,15 @@ class Scorer:
             compute_dtype=jnp.dtype(self.compute_dtype),
             remat=self.remat,
             unroll=self.unroll,
+            parts=self.devices.parts(decoder.config),
         )
-        hidden_RTD = self.constrain(hidden_RTD)
         nothing_RXB = jnp.zeros((R, X, B), jnp.float32)
         if "rewards" in self.statistics:
             ends_RN = jnp.reshape(batch.ends, (R, X * (B - 1)))
             ends_RND = jnp.take_along_axis(hidden_RTD, ends_RN[..., None], axis=1)
-            rewards_RXK = decoder.rewards(self.constrain(ends_RND)).reshape(R, X, B - 1)
+            rewards_RXK = decoder.rewards(ends_RND).reshape(R, X, B - 1)
             rewards_RXK = jnp.where(batch.lengths[..., 1:] > 0, rewards_RXK, 0.0)
-            return Scores(nothing_RXB, nothing_RXB, nothing_RXB, nothing_RXB, self.constrain(rewards_RXK))
+            return Scores(nothing_RXB, nothing_RXB, nothing_RXB, nothing_RXB, rewards_RXK)
 
         # A last, shorter block is filled up with targets that belong to no completion.
         rest = ((0, 0), (0, -batch.target_slots.shape[1] % self.blocks.tokens[-1]))
@@ -97,10 +122,10 @@ class Scorer:
         used = batch.lengths.sum(axis=(1, 2)).max()
         confidence = "confidence" in self.statistics
         head_VD = decoder.head_matrix()
-        scores = token_scores(self.constrain(hidden_RSD), head_VD, labels_RS, used, self.blocks, confidence)
+        scores = token_scores(hidden_RSD, head_VD, labels_RS, used, self.blocks, confidence)
 
         def by_branch(values_RS: jax.Array) -> jax.Array:
-            return self.constrain(sum_by_slot(values_RS, slots_RS, (R, X, B)))
+            return sum_by_slot(values_RS, slots_RS, (R, X, B))
 
         shared_RXB = nothing_RXB
         if "shared" in self.statistics:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpo import processes
 from jaxpo.batch import DeviceBatch, Example, HostBatch
 from jaxpo.data.pack import Packing, pack
 from jaxpo.models.decoder import Decoder
@@ -40,7 +41,7 @@ def completion_logps(
 
     def compute(chunk: Sequence[int]) -> np.ndarray:
         batch, places = pack([examples[i] for i in chunk], None, packing)
-        values = np.asarray(score_batch(scorer, decoder, put(batch)))
+        values = processes.whole(score_batch(scorer, decoder, put(batch)))
         return np.stack([values[place] for place in places])
 
     return compute

@@ -2,19 +2,18 @@
 
 import json
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from jaxpo import atomic, console
+from jaxpo import atomic, console, processes
 from jaxpo.batch import Carry, DeviceBatch, HostBatch, Metrics
 from jaxpo.config import ControlConfig, TrainingConfig
 from jaxpo.data.loader import Step
@@ -216,7 +215,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
     n = first
     clock = Clock(progress)
 
-    with stop_signal() as stop, console.progress("training", loop.num_steps, "step", completed=first) as bar:
+    with processes.stop_signal() as asked, console.progress("training", loop.num_steps, "step", completed=first) as bar:
 
         def settle(steady: bool = True) -> tuple[int, Record]:
             """Look at the first open step: its number, and its line if it has one."""
@@ -257,7 +256,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
                 before, line = settle(steady=not compiles)
                 if before < n:
                     record(loop, before, line, progress)
-            terminating = stop.is_set()
+            terminating = asked()
             if not (terminating or loop.pauses_at(n)):
                 if not open_steps:
                     record(loop, n, line, progress)
@@ -273,7 +272,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
                 held_out = evaluate(loop, state, progress)
                 watch.see(n, held_out)
                 line |= held_out
-                terminating = stop.is_set()
+                terminating = asked()
             record(loop, n, line, progress)
             if loop.saves_at(n) or terminating or watch.stop is not None:
                 with progress.timed("checkpoint"):
@@ -290,7 +289,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
             clock.start()
         with progress.timed("checkpoint"):
             loop.checkpoints.wait()
-        if stop.is_set():
+        if asked():
             raise SystemExit(TERMINATED)
     return ended(loop, state, n, watch)
 
@@ -383,7 +382,8 @@ def check_finite(loop: Loop, n: int, step: Step, result: StepResult) -> None:
         "update_norm": str(update_norm),
         "examples": ids,
     }
-    atomic.write_text(details, json.dumps(found, indent=1, ensure_ascii=False))
+    if processes.is_first():
+        atomic.write_text(details, json.dumps(found, indent=1, ensure_ascii=False))
     loop.checkpoints.wait()
     last = loop.checkpoints.latest()
     good = (
@@ -397,17 +397,3 @@ def check_finite(loop: Loop, n: int, step: Step, result: StepResult) -> None:
         f"expected finite numbers. Its examples are {shown} (all of them in {details}). {good}. Look at those "
         "examples, or start in another output_dir with a lower optimizer.learning_rate or training.max_grad_norm."
     )
-
-
-@contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets while inside; elsewhere SIGTERM ends the process, and nothing saved is lost."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous: Any = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -13,7 +13,16 @@ from jaxpo.batch import DeviceBatch, HostBatch
 from jaxpo.config import MeshConfig
 from jaxpo.errors import UserError
 from jaxpo.models.attention import Attention, Context
-from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder, logical_axes, map_params
+from jaxpo.models.decoder import (
+    LOGICAL_AXES,
+    Decoder,
+    DecoderConfig,
+    abstract_decoder,
+    logical_axes,
+    map_params,
+)
+from jaxpo.models.product import Parts, Split
+from jaxpo.objectives.score import Score, Scores
 from jaxpo.training.flops import PEAK
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,6 +45,20 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"{jax.default_backend()} device(s) here: expected axes whose product is {devices} (-1 takes the rest)."
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """What a spec says of some mesh axes."""
+    return PartitionSpec(*(axis if axis in axes else None for axis in spec))
+
+
+def on_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has, on the devices of all: each process moves what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    places = sharding.addressable_devices_indices_map(array.shape)
+    parts = [jax.device_put(array[index], device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 @dataclass(frozen=True)
@@ -72,51 +95,74 @@ class Layout:
     def put(self, batch: HostBatch) -> DeviceBatch:
         """A packed batch on the devices: rows split over them, totals on each."""
         at = (self.rows if np.ndim(field) > 1 else self.replicated for field in batch)
-        return DeviceBatch(*(jax.device_put(field, sharding) for field, sharding in zip(batch, at, strict=True)))
+        return DeviceBatch(*(on_devices(field, sharding) for field, sharding in zip(batch, at, strict=True)))
 
-    def constrain(self, activation: jax.Array) -> jax.Array:
-        """Keep an [R, ...] activation split by rows: without this the partitioner may move activations, not weights."""
-        spec = PartitionSpec(BATCH_AXES, *[PartitionSpec.UNCONSTRAINED] * (activation.ndim - 1))
-        return jax.lax.with_sharding_constraint(activation, NamedSharding(self.mesh, spec))
+    def over_rows(self, score: Score) -> Score:
+        """`score`, run on every device by itself: on its own rows, and its own parts of the weights.
 
-    def spread(self, attention: Attention) -> Attention:
-        """`attention`, run on every device by itself, on its own rows and heads.
-
-        A loop over tiles or a kernel's call is nothing that the partitioner could split. Heads that do not divide
-        evenly are computed on each device of `tensor`.
+        What crosses devices is then what is written down here and in `product.linears`, nothing that a partitioner
+        thought of: along `fsdp` weights are gathered where they are used, and the gradients of their parts summed to
+        where these lie. Only along `tensor` a partitioner divides what is left.
         """
         if self.mesh.size == 1:
+            return score
+
+        def on_all(decoder: Decoder, batch: DeviceBatch) -> Scores:
+            weights = jax.tree.map(lambda at: _along(at.spec, BATCH_AXES), self.decoder(decoder.config, decoder))
+            rows = PartitionSpec(BATCH_AXES)
+            fields: list[Any] = [rows if np.ndim(field) > 1 else PartitionSpec() for field in batch]
+            return jax.shard_map(
+                score,
+                mesh=self.mesh,
+                in_specs=(weights, DeviceBatch(*fields)),
+                out_specs=rows,
+                # With nothing to divide along `tensor` a device is all by itself, as kernels want it.
+                axis_names={*BATCH_AXES} if self.mesh.shape["tensor"] > 1 else {*AXES},
+                check_vma=False,
+            )(decoder, batch)
+
+        return on_all
+
+    def parts(self, config: DecoderConfig) -> Parts | None:
+        """How matrices are split along the width of the residual stream, None if they are not."""
+        (over,) = self.parameter((config.width,), ("embed",)).spec
+        across = RULES["mlp"]
+        return Parts(over, across, self.mesh.shape[across]) if over and self.mesh.shape[over] > 1 else None
+
+    def whole(self, decoder: Decoder) -> Decoder:
+        """Inside `over_rows`: the decoder with whole matrices outside its blocks, which are used more than once."""
+        parts = self.parts(decoder.config)
+
+        def gather(path: str, leaf: jax.Array) -> jax.Array:
+            if parts is None or path.startswith("blocks.") or LOGICAL_AXES[path][-1] != "embed":
+                return leaf
+            even = LOGICAL_AXES[path][0] == "vocab" and parts.ways > 1 and leaf.shape[0] % parts.ways == 0
+            return Split(parts.over, 1, parts.across if even else None).whole(leaf)
+
+        return map_params(gather, decoder)
+
+    def spread(self, attention: Attention) -> Attention:
+        """Inside `over_rows`: `attention`, run on every device of `tensor` by itself, on its own heads.
+
+        A loop over tiles or a kernel's call is nothing that a partitioner could split. Heads that do not divide evenly
+        are computed on each device.
+        """
+        if self.mesh.shape["tensor"] == 1:
             return attention
 
         def on_each(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None) -> jax.Array:
             even = k.shape[2] % self.mesh.shape[RULES["kv_heads"]] == 0
-            heads = PartitionSpec(BATCH_AXES, None, RULES["kv_heads"] if even else None)
-            rows = PartitionSpec(BATCH_AXES)
+            heads = PartitionSpec(None, None, RULES["kv_heads"] if even else None)
             return jax.shard_map(
                 lambda q, k, v, context: attention(q, k, v, context, window),
-                mesh=self.mesh,
-                in_specs=(heads, heads, heads, rows),
+                in_specs=(heads, heads, heads, PartitionSpec()),
                 out_specs=heads,
+                axis_names={RULES["kv_heads"]},
                 # Copies on devices of `tensor` are equal, which the check cannot see through loops.
                 check_vma=False,
             )(q, k, v, context)
 
         return on_each
-
-    def gather_embedding(self, decoder: Decoder) -> Decoder:
-        """The decoder with an embedding that is whole along `embed`.
-
-        A lookup in a table split along `embed` leaves activations split along it, which the partitioner can only undo
-        by replicating them ("involuntary full rematerialization"); the table is the smaller thing to move.
-        """
-        whole = NamedSharding(self.mesh, PartitionSpec(RULES["vocab"]))
-
-        def gather(path: str, leaf: jax.Array) -> jax.Array:
-            even = leaf.shape[0] % self.mesh.shape[RULES["vocab"]] == 0
-            at = whole if even else self.replicated
-            return jax.lax.with_sharding_constraint(leaf, at) if path == "embedding" else leaf
-
-        return map_params(gather, decoder)
 
     def parameter(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         """A parameter's sharding from its logical axes; an axis that does not divide evenly stays whole."""

@@ -1,5 +1,6 @@
 """The optimizer's state in the hosts' memory: on the devices it takes room only while an update is computed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,16 +21,19 @@ def offloaded(optimizer: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def moved(state: Any, space: Any) -> Any:
-    """The arrays of a state in another memory; counters stay where they are."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim else leaf, state)
+    """The arrays of a state in another memory."""
+    return _moments(lambda leaf: jax.device_put(leaf, space), state)
 
 
 def in_host_memory(state: Any) -> Any:
     """The shapes and shardings of a state as `offloaded` leaves it, from those of one on the devices."""
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if not leaf.ndim:
-            return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("pinned_host"))
 
-    return jax.tree.map(placed, state)
+    return _moments(placed, state)
+
+
+def _moments(function: Callable[[Any], Any], state: Any) -> Any:
+    """The state with function(moment) for each moment; counters, which have no axis, stay as they are."""
+    return jax.tree.map(lambda leaf: function(leaf) if leaf.ndim else leaf, state)

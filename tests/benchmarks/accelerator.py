@@ -180,9 +180,7 @@ def measured(shape: Shape, compute_dtype: str, arguments: argparse.Namespace) ->
         remat=shape.remat,
         blocks=head_blocks(shape.row_length, shape.rows, layout.platform, layout.mesh.size),
         attention=fastest if arguments.attention == "auto" else arguments.attention,
-        constrain=layout.constrain,
-        gather=layout.gather_embedding,
-        spread=layout.spread,
+        devices=layout,
     )
     devices = layout.batch_devices
     packing = Packing(shape.row_length, shape.rows * devices, devices=devices)

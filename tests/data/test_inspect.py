@@ -83,7 +83,7 @@ def test_packing_fill_is_tokens_over_places(write, tokenised) -> None:
 def test_fill_is_said(capsys) -> None:
     show_fill(Fill(0.875, 2.0, 3), Packing(64, rows=1), batch_size=4)
     said = capsys.readouterr()
-    assert "87.5% of the places in rows of 64 tokens" in said.out
+    assert "packing without the examples that fit into no row: 87.5% of the places in rows of 64 tokens" in said.out
     assert "3 examples are longer than training.row_length 64" in said.err
 
 

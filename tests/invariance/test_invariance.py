@@ -68,8 +68,7 @@ def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarra
         compute_dtype="float32",
         remat=way.remat,
         blocks=head_blocks(way.row_length, way.rows, "cpu", layout.mesh.size),
-        constrain=layout.constrain,
-        gather=layout.gather_embedding,
+        devices=layout,
     )
     devices = layout.batch_devices
     packing = Packing(way.row_length, way.rows * devices, way.packed, way.share_prompt, devices=devices)
@@ -192,14 +191,16 @@ def test_eight_devices(
     jax.__version_info__ >= (0, 11), reason="newer partitioners split this lookup without moving an activation whole"
 )
 def test_a_rematerialisation_would_be_seen(capfd: pytest.CaptureFixture[str]) -> None:
-    """A lookup in a table split along its width, as it would be without `Layout.gather_embedding`."""
+    """A lookup in a table split along its width, as it would be left to the partitioner."""
     layout = Layout(make_mesh(MESHES["data 2, fsdp 2, tensor 2"]))
     at = NamedSharding(layout.mesh, PartitionSpec("tensor", "fsdp"))
     table = jax.device_put(np.ones((96, 32), np.float32), at)
     tokens = jax.device_put(np.zeros((1, 8, 128), np.int32), layout.rows)
     capfd.readouterr()
     with compiled_anew():
-        jax.jit(lambda table, tokens: layout.constrain(table[tokens[0]])).lower(table, tokens).compile()
+        rows = NamedSharding(layout.mesh, PartitionSpec(("data", "fsdp")))
+        lookup = jax.jit(lambda table, tokens: jax.lax.with_sharding_constraint(table[tokens[0]], rows))
+        lookup.lower(table, tokens).compile()
     assert WARNING in capfd.readouterr().err
 
 

@@ -135,8 +135,7 @@ def scorer_of(layout: Layout, packing: Packing, kind: str, objective: Objective 
         remat="none",
         blocks=head_blocks(packing.row_length, packing.rows // layout.batch_devices, "cpu", layout.mesh.size),
         statistics=everything if objective is None else objective.statistics,
-        constrain=layout.constrain,
-        gather=layout.gather_embedding,
+        devices=layout,
     )
 
 

@@ -105,11 +105,3 @@ def test_the_optimizer_lies_where_the_parameters_do(small_decoder: Decoder) -> N
     counters += [placed.step, *placed.carry.values()]
     assert len(counters) == 4
     assert {leaf.sharding for leaf in counters} == {at.replicated}
-
-
-def test_a_gathered_embedding_is_the_same_and_whole_along_its_width(small_decoder: Decoder) -> None:
-    at = layout(data=1, fsdp=4, tensor=2)
-    decoder = jax.device_put(small_decoder, at.decoder(small_decoder.config, small_decoder))
-    gathered = jax.jit(lambda d: at.gather_embedding(d).embedding[...])(decoder)
-    assert {shard.data.shape for shard in gathered.addressable_shards} == {(48, 32)}
-    np.testing.assert_array_equal(gathered, small_decoder.embedding[...])

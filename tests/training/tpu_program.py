@@ -62,9 +62,7 @@ def main(topology: str, fsdp: int, tensor: int, offload: bool) -> None:
         remat="attention",
         blocks=head_blocks(ROW, 1, layout.platform, mesh.size),
         attention=choose(layout.platform, "bfloat16", CONFIG.head_dim),
-        constrain=layout.constrain,
-        gather=layout.gather_embedding,
-        spread=layout.spread,
+        devices=layout,
     )
     optimizer = make_optimizer(OptimizerConfig(state_dtype="bfloat16", offload=offload), CONFIG, 10, 1.0)
 
