@@ -171,7 +171,8 @@ def prepared(
     from jaxpo.training.optimizer import norm
     from jaxpo.training.step import initial_carry, sum_of_shares
 
-    def plain(x: jax.Array, kernels: list[jax.Array], axes: int) -> list[jax.Array]:
+    def plain(x: jax.Array, kernels: list[jax.Array], axes: int, splits: None = None) -> list[jax.Array]:
+        del splits  # of one device there are none
         # Under the name by which a policy keeps them, so that nothing else is computed again.
         return [named_anywhere(jax.numpy.tensordot(x, kernel.astype(x.dtype), axes), PRODUCT) for kernel in kernels]
 
