@@ -341,12 +341,6 @@ def source_texts(source: DataSource, objective: Objective) -> Iterator[str]:
 
 
 def say_devices(layout: Layout) -> None:
-    """Say what there is to compute on. Raises UserError where devices of other processes are seen that were not met."""
-    if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise UserError(
-            f"this is one of {jax.process_count()} processes, which did not meet before they began. Expected "
-            "--coordinator, --processes and --process, with which each of them is told its place."
-        )
     devices = layout.mesh.devices.flat
     axes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items() if size > 1)
     among = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""

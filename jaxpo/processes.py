@@ -85,9 +85,15 @@ def scheduled(environment: Mapping[str, str]) -> bool:
 def start(where: Place | None) -> threading.Thread | None:
     """Meet the other processes, if there are any, and begin to listen to them. Before this nothing may touch a device.
 
-    Returns what listens, None where this process is alone.
+    Returns what listens, None where this process is alone. Raises UserError where they do not find each other, or where
+    devices of others are seen that nobody told of.
     """
     if where is None and not scheduled(os.environ):
+        if jax.process_count() > 1:
+            raise UserError(
+                f"this is one of {jax.process_count()} processes, which did not meet before they began. Expected "
+                "--coordinator, --processes and --process, with which each of them is told its place."
+            )
         return None
     arguments: dict[str, Any] = {"heartbeat_timeout_seconds": SILENCE}
     if where is not None:

@@ -52,34 +52,41 @@ FREE = (
 def claim(folder: Path, run: Run) -> Iterator[None]:
     """Hold the run's folder against other processes, and see that what is in it belongs to this run."""
     with ExitStack() as stack:
-        if not processes.is_first():
-            mark = processes.same(str)
-            if not (folder / MARK).exists() or (folder / MARK).read_text(encoding="utf-8") != mark:
+        if processes.is_first():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(folder / ".lock", timeout=0))
+                check_same_run(folder, run)
+                atomic.write_text(folder / CONFIG, config_file.dump(run))
+            except Timeout:
                 raise UserError(
-                    f"output_dir {folder} is not the same folder for all processes: {processes.name()} does not see "
-                    "what the first one has written there. Expected a folder that all hosts share."
-                )
-            processes.wait(f"claim {folder}")
-            yield
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / ".lock", timeout=0))
-            check_same_run(folder, run)
-            atomic.write_text(folder / CONFIG, config_file.dump(run))
-        except Timeout:
-            raise UserError(
-                f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
-            ) from None
-        except OSError as error:
-            raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
-        if processes.several():
-            mark = secrets.token_hex(8)
-            atomic.write_text(folder / MARK, mark)
-            processes.same(lambda: mark)
-            processes.wait(f"claim {folder}")
-            (folder / MARK).unlink()
+                    f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
+                ) from None
+            except OSError as error:
+                raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
+        check_shared(folder)
         yield
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UserError unless all processes see what the first one writes in the folder."""
+    if not processes.several():
+        return
+    path = folder / MARK
+
+    def written() -> str:
+        atomic.write_text(path, text := secrets.token_hex(8))
+        return text
+
+    mark = processes.same(written)
+    if not path.exists() or path.read_text(encoding="utf-8") != mark:
+        raise UserError(
+            f"output_dir {folder} is not the same folder for all processes: {processes.name()} does not see what the "
+            "first one has written there. Expected a folder that all hosts share."
+        )
+    processes.wait(f"claim {folder}")
+    if processes.is_first():
+        path.unlink()
 
 
 def check_same_run(folder: Path, run: Run) -> None:
@@ -154,6 +161,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def check_same_inputs(folder: Path, parts: Parts, resumed: bool) -> None:
     """Remember in inputs.json what a run starts from; raise UserError if a resumed one started from something else."""
     path = folder / INPUTS
+    # Of the first process, all of them hear what the weights are.
     now = inputs(parts)
     if not processes.is_first():
         return

@@ -131,9 +131,7 @@ class Linear(nnx.Module):
 
     def split(self, parts: Parts) -> Split:
         """How the kernel is split, as a matrix."""
-        other = self.kernel.shape[0 if self.writes else self.num_input_axes]
-        even = parts.ways > 1 and other % parts.ways == 0
-        return Split(parts.over, axis=int(self.writes), across=parts.across if even else None)
+        return parts.split(int(self.writes), self.kernel.shape[0 if self.writes else self.num_input_axes])
 
     def __call__(self, x: jax.Array, parts: Parts | None) -> jax.Array:
         (y,) = together(x, parts, self)

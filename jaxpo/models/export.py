@@ -6,7 +6,7 @@ A tensor at a time leaves the devices, so host memory stays at the largest tenso
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,15 +71,18 @@ def export(
     dtype = np.dtype(leaves[0].dtype if dtype is None else dtype)
     # A decoder on the devices of several processes leaves them tensor by tensor, with all processes at hand.
     together = not all(leaf.is_fully_addressable for leaf in leaves)
+    first, writes = (processes.is_first(), processes.writes) if together else (True, _always)
     with _folder_of_all(folder) if together else _new_folder(folder) as new:
         # The tokenizer goes first: what it writes beside its own files must not replace ours.
-        if not together or processes.is_first():
+        if first:
             _write_tokenizer(new, tokenizer, pad_token)
-        _write_weights(new, decoder, hf_config, dtype, max_shard_bytes, together)
+        index = _write_weights(new, decoder, hf_config, dtype, max_shard_bytes, writes)
         if together:
             processes.wait(f"weights of {folder}")
-        if together and not processes.is_first():
+        if not first:
             return
+        if index is not None:
+            _write_json(new / "model.safetensors.index.json", index)
         if chat_template is not None:
             # transformers and vLLM take this file before what the tokenizer's config may say.
             (new / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
@@ -99,15 +102,13 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _folder_of_all(folder: Path) -> Iterator[Path]:
-    """The folder to fill, for all processes; it takes its name when all of them have left the block."""
+    """The folder to fill, for all processes; it takes its name when the first one has left the block."""
     if processes.is_first():
         with _new_folder(folder) as new:
             processes.same(lambda: str(new))
             yield new
-            processes.wait(f"{folder} is written")
     else:
         yield Path(processes.same(str))
-        processes.wait(f"{folder} is written")
     processes.wait(f"{folder} is there")
 
 
@@ -147,9 +148,9 @@ def _write_weights(
     hf_config: Mapping[str, Any],
     dtype: np.dtype,
     max_shard_bytes: int,
-    together: bool,
-) -> None:
-    """The weights, in files of which, of processes `together`, each writes its share; the first writes the index."""
+    writes: Callable[[int], bool],
+) -> dict[str, Any] | None:
+    """Write those files of the weights whose number `writes` is true of; returns the index, None of a single file."""
     params = by_path(decoder)
     tensors = families.tensors(hf_config, decoder.config, str(folder))
     shards = _shards(tensors, dtype, max_shard_bytes)
@@ -160,16 +161,20 @@ def _write_weights(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             announced = {tensor.name: (dtype, tensor.shape) for tensor in shard}
             values = _values(shard, params, dtype, bar)
-            if not together or processes.writes(number):
+            if writes(number):
                 write(folder / file, announced, values)
             else:
                 # What another process writes leaves the devices of this one all the same.
                 deque(values, maxlen=0)
             weight_map |= dict.fromkeys(announced, file)
-    if len(shards) > 1 and (not together or processes.is_first()):
-        count = sum(np.prod(tensor.shape, dtype=int) for tensor in tensors)
-        metadata = {"total_parameters": int(count), "total_size": total}
-        _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    if len(shards) == 1:
+        return None
+    count = sum(np.prod(tensor.shape, dtype=int) for tensor in tensors)
+    return {"metadata": {"total_parameters": int(count), "total_size": total}, "weight_map": weight_map}
+
+
+def _always(number: int) -> bool:
+    return True
 
 
 def _values(

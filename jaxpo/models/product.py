@@ -22,18 +22,6 @@ from jaxpo.models.kept import keep, kept_as_integers, named, restore
 PRODUCT = "product"
 
 
-class Parts(NamedTuple):
-    """How matrices lie on devices, inside a `jax.shard_map` over the mesh axis `over`.
-
-    Along the width of the residual stream they are split over that axis; along the other one, where it divides evenly,
-    over the `ways` devices of the mesh axis `across`, which is left to a partitioner.
-    """
-
-    over: str
-    across: str
-    ways: int
-
-
 class Split(NamedTuple):
     """How a matrix is split: over a mesh axis along its axis 0 or 1, and across another one, if so, along the other."""
 
@@ -55,6 +43,23 @@ class Split(NamedTuple):
         # A partitioner would bring together what lies across, not knowing that it can be moved as it is.
         at = PartitionSpec(*(None if axis == self.axis else self.across for axis in range(2)))
         return jax.shard_map(move, in_specs=at, out_specs=at, axis_names={self.across}, check_vma=False)(matrix)
+
+
+class Parts(NamedTuple):
+    """How matrices lie on devices, inside a `jax.shard_map` over the mesh axis `over`.
+
+    Along the width of the residual stream they are split over that axis; along the other one, where it divides evenly,
+    over the `ways` devices of the mesh axis `across`, which is left to a partitioner.
+    """
+
+    over: str
+    across: str
+    ways: int
+
+    def split(self, axis: int, other: int) -> Split:
+        """A matrix whose axis `axis` is the width of the residual stream, and whose other axis is so long."""
+        even = self.ways > 1 and other % self.ways == 0
+        return Split(self.over, axis, self.across if even else None)
 
 
 def linears(

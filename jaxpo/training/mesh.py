@@ -21,7 +21,7 @@ from jaxpo.models.decoder import (
     logical_axes,
     map_params,
 )
-from jaxpo.models.product import Parts, Split
+from jaxpo.models.product import Parts
 from jaxpo.objectives.score import Score, Scores
 from jaxpo.training.flops import PEAK
 
@@ -136,8 +136,8 @@ class Layout:
         def gather(path: str, leaf: jax.Array) -> jax.Array:
             if parts is None or path.startswith("blocks.") or LOGICAL_AXES[path][-1] != "embed":
                 return leaf
-            even = LOGICAL_AXES[path][0] == "vocab" and parts.ways > 1 and leaf.shape[0] % parts.ways == 0
-            return Split(parts.over, 1, parts.across if even else None).whole(leaf)
+            # Of what lies along no mesh axis there is nothing to divide.
+            return parts.split(1, leaf.shape[0] if LOGICAL_AXES[path][0] in RULES else 1).whole(leaf)
 
         return map_params(gather, decoder)
 

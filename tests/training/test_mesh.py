@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxpo.batch import DeviceBatch
 from jaxpo.config import MeshConfig, OptimizerConfig
 from jaxpo.errors import UserError
 from jaxpo.models.decoder import Decoder, abstract_decoder, map_params
@@ -105,3 +106,18 @@ def test_the_optimizer_lies_where_the_parameters_do(small_decoder: Decoder) -> N
     counters += [placed.step, *placed.carry.values()]
     assert len(counters) == 4
     assert {leaf.sharding for leaf in counters} == {at.replicated}
+
+
+def test_a_gathered_embedding_is_the_same_and_whole_along_its_width(small_decoder: Decoder) -> None:
+    at = layout(data=1, fsdp=4, tensor=2)
+    decoder = jax.device_put(small_decoder, at.decoder(small_decoder.config, small_decoder))
+    rows: Any = DeviceBatch(*[jnp.zeros((4, 1))] * len(DeviceBatch._fields))
+
+    def embedding(decoder: Decoder, _: DeviceBatch) -> Any:
+        return at.whole(decoder).embedding[...]
+
+    gathered: Any = jax.jit(at.over_rows(embedding))(decoder, rows)
+    assert {shard.data.shape for shard in gathered.addressable_shards} == {(48, 32)}
+    # What each of the four devices of fsdp has, one below the other.
+    for of_device in np.split(np.asarray(gathered), 4):
+        np.testing.assert_array_equal(of_device, small_decoder.embedding[...])
