@@ -172,6 +172,7 @@ class PackedBatch(NamedTuple, Generic[A]):
         its own segment that are of the prompt or of its own branch.
     target_positions, target_labels [M, R, S]: the hidden state at a position predicts a label, a token that is scored.
     target_slots [M, R, S]: the branch a target belongs to, x * B + b; X * B where there is no target.
+    target_indices [M, R, S]: which of the scored tokens of its branch a target is, from 0.
     ends [M, R, X, K]: where in the row the last token of each completion lies.
     lengths [M, R, X, B]: tokens that are scored of each branch: all of a completion's, none of a prompt's unless the
         prompt is scored too, and then all but its first. 0 in an empty slot.
@@ -188,6 +189,7 @@ class PackedBatch(NamedTuple, Generic[A]):
     target_positions: A
     target_labels: A
     target_slots: A
+    target_indices: A
     ends: A
     lengths: A
     references: A

@@ -62,7 +62,10 @@ class Scratch:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    """The model to train: `path` is a folder, a hub id or `stage:NAME`, the result of an earlier stage; or `scratch`.
+    """The model to train: `path` or `scratch`.
+
+    path: a folder, a hub id, `stage:NAME`, the result of an earlier stage, or another run or a checkpoint in it
+    (RUN/checkpoints/STEP), of which the weights are taken alone.
 
     dtype: of the master weights. compute_dtype: of the matrix products; logits, softmax and losses are float32 always.
     remat: what the backward pass recomputes: nothing; everything but the layers' inputs (`full`), but matrix products
@@ -149,6 +152,7 @@ class TrainingConfig:
     how many lengths rows may have, row_length the longest and shorter ones that suit the data: less padding for a
     program compiled for each. packing and share_prompt: off for comparisons only. num_epochs or max_steps, whichever
     ends first. eval_every, save_every: in steps; null for an evaluation before and after and a checkpoint at the end.
+    keep_checkpoints: the last so many stay; keep_every: and for good one at each multiple of so many steps.
     best_metric: an `eval_` metric whose best checkpoint is kept too. best_mode: whether the smallest (min) or the
     largest (max) is the best; null goes by the metric's name.
     """
@@ -164,6 +168,7 @@ class TrainingConfig:
     eval_every: PositiveInt | None = None
     save_every: PositiveInt | None = 500
     keep_checkpoints: PositiveInt = 3
+    keep_every: PositiveInt | None = None
     best_metric: Named | None = None
     best_mode: Mode | None = None
     seed: Seed = 0
@@ -195,10 +200,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MeshConfig:
-    """Devices along each axis: copies (`data`), sharded states (`fsdp`), sharded layers (`tensor`); -1 for the rest."""
+    """Devices along each axis: copies (`data`), sharded states (`fsdp`), rows that are too long for one device
+    (`sequence`, which shards states too), sharded layers (`tensor`); -1 for the rest.
+    """
 
     data: AxisSize = 1
     fsdp: AxisSize = -1
+    sequence: AxisSize = 1
     tensor: AxisSize = 1
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
@@ -198,7 +198,7 @@ def _check_single(run: Run, place: tuple[str, ...], stages: list[str]) -> Iterat
     if optimizer.rounding != "stochastic" and "bfloat16" not in (model.dtype, optimizer.state_dtype):
         yield mistake("optimizer.rounding", "has no effect on weights and moments of float32; leave it out")
 
-    axes = {"data": run.mesh.data, "fsdp": run.mesh.fsdp, "tensor": run.mesh.tensor}
+    axes = asdict(run.mesh)
     for axis, size in axes.items():
         if size == 0:
             yield mistake(f"mesh.{axis}", "is 0; expected a number of devices, or -1 for all that the other axes leave")

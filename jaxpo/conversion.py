@@ -1,11 +1,13 @@
 """Checkpoints from Hugging Face's format to jaxpo's and back."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 
-from jaxpo import config_file, console
-from jaxpo.config import MeshConfig
+from jaxpo import atomic, config_file, console, processes
+from jaxpo.config import MeshConfig, Run
 from jaxpo.config_checks import path_problem
 from jaxpo.data.tokenizer import load_tokenizer
 from jaxpo.delivery import deliver
@@ -15,10 +17,13 @@ from jaxpo.models.checkpoint import SMALL_FILES, Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.models.export import export
-from jaxpo.prepare import INIT, at_stage, learns_rewards
-from jaxpo.run_folder import CONFIG
+from jaxpo.prepare import INIT, MADE_OF, at_stage, learns_rewards
+from jaxpo.run_folder import CONFIG, find_step
 from jaxpo.training import checkpoint as training_checkpoint
 from jaxpo.training.mesh import Layout, make_mesh
+
+# Where a run keeps the weights that it begins with, if they are of another run.
+START = "start"
 
 
 def from_hf(source: str, out: Path) -> None:
@@ -50,7 +55,11 @@ def to_hf(source: Path, out: Path, dtype: str | None) -> None:
     else:
         run_folder, step = find_step(source)
         run = config_file.load(run_folder / CONFIG)
-        start = str(run_folder / INIT) if run.model.scratch is not None else at_stage(run, run_folder).model.path
+        start = (
+            str(run_folder / INIT)
+            if run.model.scratch is not None
+            else started(at_stage(run, run_folder), run_folder).model.path
+        )
         assert start is not None
         checkpoint = read_checkpoint(start, run.model.revision, head="score" if learns_rewards(run) else "lm")
         decoder = trained_decoder(run_folder, step, checkpoint, run.model.dtype)
@@ -58,26 +67,43 @@ def to_hf(source: Path, out: Path, dtype: str | None) -> None:
     console.say(f"Hugging Face checkpoint  {out}")
 
 
+def started(run: Run, folder: Path) -> Run:
+    """The run with a Hugging Face folder for its model.path, where that names another run, or a checkpoint in one.
+
+    The folder is `folder`/start. It is made once, and again only if the run names other weights now, before the first
+    step that is saved.
+    """
+    path = None if run.model.path is None else Path(run.model.path).expanduser()
+    if path is None or not is_trained(path):
+        return run
+    start = folder / START
+    described = f"{'/'.join(map(str, find_step(path)))}\n"
+
+    def is_made() -> bool:
+        note = start / MADE_OF
+        same = note.exists() and note.read_text(encoding="utf-8") == described
+        return same or (start.exists() and training_checkpoint.latest_step(folder) is not None)
+
+    if not processes.same(is_made):
+        if processes.is_first() and start.exists():
+            shutil.rmtree(start)
+        to_hf(path, start, None)
+        if processes.is_first():
+            atomic.write_text(start / MADE_OF, described)
+        processes.wait(f"start {start}")
+    return replace(run, model=replace(run.model, path=str(start)))
+
+
+def is_trained(path: Path) -> bool:
+    """Whether a path is that of a run, or of a checkpoint in one."""
+    return (path / CONFIG).exists() or (path.parent.name == training_checkpoint.FOLDER and path.name.isdecimal())
+
+
 def check_paths(source: str, out: Path) -> None:
     """Raise UserError for what no file system takes."""
     for name, path in (("PATH", source), ("OUT", str(out))):
         if problem := path_problem(path):
             raise UserError(f"{name} {problem}.")
-
-
-def find_step(source: Path) -> tuple[Path, int]:
-    """The folder of a run and the step that `source`, the run or a checkpoint in it, stands for."""
-    if (source / CONFIG).exists():
-        step = training_checkpoint.latest_step(source)
-        if step is None:
-            raise UserError(f"{source} is a run that has saved no checkpoint yet.")
-        return source, step
-    if source.parent.name == training_checkpoint.FOLDER and source.name.isdecimal() and source.is_dir():
-        return source.parent.parent, int(source.name)
-    raise UserError(
-        f"{source} is neither a run (a folder with {CONFIG}), nor a checkpoint in one "
-        f"(RUN/{training_checkpoint.FOLDER}/STEP), nor a checkpoint that `convert from-hf` made."
-    )
 
 
 def trained_decoder(run_folder: Path, step: int, checkpoint: Checkpoint, dtype: str) -> Decoder:

@@ -242,7 +242,7 @@ def _train(arguments: argparse.Namespace) -> None:
     config = _load(arguments)
     from jaxpo import run
 
-    run.train(config, _place(arguments))
+    run.train(config, _place(arguments), arguments.resume)
 
 
 def _reference(arguments: argparse.Namespace) -> None:
@@ -331,6 +331,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", TRAIN, _train)
     _takes_config(train)
+    train.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: go on with what output_dir holds, if anything (default); never: refuse to; PATH: go on from "
+        "another run of the same config, or from RUN/checkpoints/STEP",
+    )
     _takes_place(train)
     _examples(train, "configs/quickstart.yaml", "configs/quickstart.yaml training.seed=1 output_dir=runs/b")
 

@@ -103,7 +103,12 @@ def prepare(run: Run, folder: Path) -> Parts:
             compute_dtype=run.model.compute_dtype,
             remat=run.model.remat,
             unroll=run.model.unroll,
-            blocks=head_blocks(training.row_length, training.rows_per_device, layout.platform, layout.mesh.size),
+            blocks=head_blocks(
+                -(-training.row_length // layout.sequence),
+                training.rows_per_device,
+                layout.platform,
+                layout.mesh.size,
+            ),
             statistics=run.objective.statistics,
             attention=attention_of(run, layout.platform, checkpoint.decoder_config.head_dim),
             devices=layout,

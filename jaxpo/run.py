@@ -20,6 +20,7 @@ import optax
 from jaxpo import atomic, compiler, console, processes, run_folder
 from jaxpo.config import Run
 from jaxpo.config_checks import too_late
+from jaxpo.conversion import started
 from jaxpo.data import inspect, loader
 from jaxpo.delivery import deliver, end_ids
 from jaxpo.errors import UserError
@@ -50,10 +51,11 @@ from jaxpo.training.optimizer import learning_rate, make_optimizer
 from jaxpo.training.step import TrainState, initial_carry, make_evaluation_step, make_train_step
 
 
-def train(run: Run, where: processes.Place | None = None) -> Path:
+def train(run: Run, where: processes.Place | None = None, resume: str = "auto") -> Path:
     """Do the stages of a run that are not done yet, then the run itself; returns its folder.
 
-    where: this process's place among those that train together, if it is not alone and no scheduler tells.
+    resume: where it begins, see `run_folder.begin`. where: this process's place among those that train together, if
+    it is not alone and no scheduler tells.
     """
     # XLA reads what it is told of kernels once, so all stages get those that one of them needs.
     dtypes = {one.model.compute_dtype for one in (run, *run.stages.values())}
@@ -63,6 +65,9 @@ def train(run: Run, where: processes.Place | None = None) -> Path:
         for one in (*run.stages.values(), run):
             metrics.check_installed(one.logging)
         claimed.enter_context(claim(folder, run))
+        if processes.is_first():
+            run_folder.begin(folder, run, resume)
+        processes.wait(f"begin {folder}")
         for name, stage in run.stages.items():
             place = folder / STAGES / name
             console.rule(f"stage {name}")
@@ -93,7 +98,7 @@ def fill_reference(run: Run, where: processes.Place | None = None) -> None:
     compiler.set_up(run.model.compute_dtype)
     folder = place_of(run)
     with together(where), claim(folder, run):
-        parts = prepare(at_stage(run, folder), folder)
+        parts = prepare(started(at_stage(run, folder), folder), folder)
         check_examples(parts)
         table = references(parts, cache(lambda: parts.load(parts.checkpoint)))
     console.say(f"reference log-probs of completions: {table.computed} computed, {table.reused} reused")
@@ -108,7 +113,7 @@ def inspect_data(run: Run, stage: str | None, split: str, examples: int) -> None
     one = at_stage(run if stage is None else run.stages[stage], place_of(run))
     # A model from scratch is made for the tokenizer's sake; the run's own folder is the trainer's to write.
     with TemporaryDirectory() as folder:
-        parts = prepare(one, Path(folder))
+        parts = prepare(started(one, Path(folder)), Path(folder))
         corpus = parts.train if split == "train" else parts.eval
         if corpus is None:
             raise UserError("data.eval is empty, so there is nothing to show of it; expected a source in it.")
@@ -134,6 +139,7 @@ def train_one(run: Run, folder: Path) -> None:
         return
     progress = Progress()
     with progress.timed("data"):
+        run = started(run, folder)
         parts = prepare(run, folder)
         check_examples(parts)
         advise_weights(run, parts.train)

@@ -147,6 +147,7 @@ OPTIONS: dict[str, Option] = {
     "training.eval_every": option("lines", "training.eval_every=2"),
     "training.save_every": option("checkpoints", "training.save_every=3"),
     "training.keep_checkpoints": option("checkpoints", "training.keep_checkpoints=1", given=EVERY_STEP),
+    "training.keep_every": option("checkpoints", "training.keep_every=2"),
     "training.best_metric": option("checkpoints", "training.best_metric=null", given=BEST),
     "training.best_mode": option(
         "checkpoints",
@@ -182,6 +183,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "mesh.data": option("mesh", "mesh.data=2"),
     "mesh.fsdp": option("mesh", "mesh.fsdp=4", given=("mesh.data=-1", "mesh.fsdp=2")),
+    "mesh.sequence": option("mesh", "mesh.sequence=2"),
     "mesh.tensor": option("mesh", "mesh.tensor=2"),
     "logging.every": option("lines", "logging.every=2"),
     "logging.tensorboard": option("files", "logging.tensorboard=true"),

@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file
 
-from jaxpo import config_file, launch, run
+from jaxpo import config_file, conversion, launch, run
 from jaxpo.config import Run
 from jaxpo.data.templates import TEMPLATES
 from jaxpo.errors import UserError
@@ -241,6 +241,77 @@ def test_one_stage_in_bfloat16_decides_the_kernels_of_all(
         changes = (f"model.compute_dtype={of_run}", f"output_dir={tmp_path}/{of_stage}-{of_run}")
         train("dpo", f"stages={json.dumps({'sft': stage})}", "model.path=stage:sft", *changes)
     assert asked == ["bfloat16", "bfloat16", "float32"]
+
+
+# Where a run begins
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_another_one(
+    finished: Path, train: Train, configured: Callable[..., Run], tmp_path: Path
+):
+    before = content(finished)
+    config = configured("dpo", *SAMPLES, "training.row_length=128")
+    out = run.train(config, resume=str(finished / "checkpoints" / "4"))
+    assert (out / "checkpoints" / "4").exists()
+    assert not (out / "checkpoints" / "2").exists()
+    ours, theirs = records(out), records(finished)
+    # Up to that step the lines are theirs, to the second.
+    assert ours[:5] == theirs[:5]
+    for mine, other in zip(ours[5:], theirs[5:], strict=True):
+        assert mine["step"] == other["step"]
+        assert mine.get("loss") == pytest.approx(other.get("loss"), rel=1e-5)
+    mine, other = weights(out), weights(finished)
+    for name, tensor in other.items():
+        np.testing.assert_allclose(mine[name], tensor, rtol=1e-4, atol=1e-6)
+    assert json.loads((out / "samples.json").read_text())["before"] is not None
+    assert content(finished) == before
+
+
+def test_a_run_that_was_brought_elsewhere_goes_on_there(finished: Path, train: Train, configured: Callable[..., Run]):
+    """The same command after a kill: what it has saved since counts, not what it came from."""
+    config = configured("dpo", *SAMPLES)
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, 1)
+        with pytest.raises(SystemExit):
+            run.train(config, resume=str(finished / "checkpoints" / "2"))
+    steps = {path.name for path in (run.place_of(config) / "checkpoints").iterdir()}
+    assert steps == {"2", "3"}
+    assert_equal_weights(run.train(config, resume=str(finished / "checkpoints" / "2")), finished)
+
+
+def test_a_run_that_is_never_to_go_on(finished: Path, train: Train, configured: Callable[..., Run]):
+    stop(train, 2)
+    with pytest.raises(UserError, match=r"--resume is never, but output_dir .*/run holds a run with its checkpoint of"):
+        run.train(configured("dpo"), resume="never")
+
+
+def test_what_a_run_cannot_go_on_from(finished: Path, train: Train, configured: Callable[..., Run], tmp_path: Path):
+    with pytest.raises(UserError, match=r"is neither a run .* nor a checkpoint in one"):
+        run.train(configured("dpo", *SAMPLES), resume=str(tmp_path / "nothing"))
+    with pytest.raises(UserError) as caught:
+        run.train(configured("dpo", *SAMPLES, "optimizer.learning_rate=1.0e-3"), resume=str(finished))
+    assert "optimizer.learning_rate was 0.01 and is 0.001" in str(caught.value)
+    assert f"model.path={finished}/checkpoints/6 begins a new one from its weights" in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_begins_with_the_weights_of_another_one(finished: Path, train: Train, tmp_path: Path):
+    """Of the weights alone: steps, moments and data begin anew."""
+    conversion.to_hf(finished / "checkpoints" / "4", tmp_path / "weights", None)
+    wanted = train("dpo", f"model.path={tmp_path}/weights", f"output_dir={tmp_path}/wanted")
+    out = train("dpo", f"model.path={finished}/checkpoints/4")
+    assert summary(out)["steps"] == 6
+    assert_equal_weights(out, wanted)
+    # What came of it is converted as any other run's, and the whole run stands for its last checkpoint.
+    conversion.to_hf(out, tmp_path / "again", None)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        out / "export" / "model.safetensors"
+    ).read_bytes()
+    last = train("dpo", f"model.path={finished}", f"output_dir={tmp_path}/last", "training.max_steps=1")
+    assert load_file(last / "start" / "model.safetensors").keys() == weights(finished).keys()
+    assert (last / "start" / "model.safetensors").read_bytes() == (
+        finished / "export" / "model.safetensors"
+    ).read_bytes()
 
 
 # Checkpoints and the best of them

@@ -183,7 +183,8 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
     X = max(bucket(max(map(len, rows))), T // 32)
     scored_lengths = np.column_stack([(prompt_lengths - 1) * packing.score_prompt, completion_lengths])
 
-    tokens, positions, segments, branches, target_positions, target_labels = np.zeros((6, M * R, T), np.int32)
+    tokens, positions, segments, branches = np.zeros((4, M * R, T), np.int32)
+    target_positions, target_labels, target_indices = np.zeros((3, M * R, T), np.int32)
     target_slots = np.full((M * R, T), X * B, np.int32)
     ends = np.zeros((M * R, X, K), np.int32)
     lengths = np.zeros((M * R, X, B), np.int32)
@@ -211,6 +212,7 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
                         target_positions[r, scored] = np.arange(start, start + P - 1)
                         target_labels[r, scored] = prompt[1:]
                         target_slots[r, scored] = x * B
+                        target_indices[r, scored] = np.arange(P - 1)
                         target += P - 1
                     start += P
                     last_prompt_token = start - 1
@@ -225,6 +227,7 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
                 target_positions[r, target] = last_prompt_token
                 target_labels[r, scored] = completion
                 target_slots[r, scored] = x * B + k + 1
+                target_indices[r, scored] = np.arange(C)
                 start += C
                 target += C
                 ends[r, x, k] = start - 1
@@ -247,6 +250,7 @@ def pack(examples: Sequence[Example], references: np.ndarray | None, packing: Pa
         target_positions=split(target_positions),
         target_labels=split(target_labels),
         target_slots=split(target_slots),
+        target_indices=split(target_indices),
         ends=split(ends),
         lengths=split(lengths),
         references=split(packed_references),

@@ -23,9 +23,9 @@ PRODUCT = "product"
 
 
 class Split(NamedTuple):
-    """How a matrix is split: over a mesh axis along its axis 0 or 1, and across another one, if so, along the other."""
+    """How a matrix is split: over mesh axes along its axis 0 or 1, and across another one, if so, along the other."""
 
-    over: str
+    over: tuple[str, ...]
     axis: int
     across: str | None
 
@@ -46,13 +46,13 @@ class Split(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """How matrices lie on devices, inside a `jax.shard_map` over the mesh axis `over`.
+    """How matrices lie on devices, inside a `jax.shard_map` over the mesh axes `over`.
 
-    Along the width of the residual stream they are split over that axis; along the other one, where it divides evenly,
+    Along the width of the residual stream they are split over those; along the other one, where it divides evenly,
     over the `ways` devices of the mesh axis `across`, which is left to a partitioner.
     """
 
-    over: str
+    over: tuple[str, ...]
     across: str
     ways: int
 

@@ -45,7 +45,9 @@ class Devices(Protocol):
     def over_rows(self, score: Score) -> Score: ...
     def whole(self, decoder: Decoder) -> Decoder: ...
     def parts(self, config: DecoderConfig) -> Parts | None: ...
+    def rows(self, context: Context) -> Context: ...
     def spread(self, attention: Attention) -> Attention: ...
+    def summed(self, scores: Scores) -> Scores: ...
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,14 @@ class OneDevice:
     def parts(self, config: DecoderConfig) -> Parts | None:
         return None
 
+    def rows(self, context: Context) -> Context:
+        return context
+
     def spread(self, attention: Attention) -> Attention:
         return attention
+
+    def summed(self, scores: Scores) -> Scores:
+        return scores
 
 
 @dataclass(frozen=True)
@@ -87,15 +95,15 @@ class Scorer:
         return self.devices.over_rows(self._on_each)(decoder, batch)
 
     def _on_each(self, decoder: Decoder, batch: DeviceBatch) -> Scores:
-        """Of a device's own rows, with its own parts of the weights."""
+        """Of a device's own tokens, with its own parts of the weights."""
         decoder = self.devices.whole(decoder)
         R, X, B = batch.lengths.shape
 
-        context = Context(batch.segments, batch.branches, batch.positions)
+        context = self.devices.rows(Context(batch.segments, batch.branches, batch.positions))
         attention = self.devices.spread(partial(packed_attention, implementation=self.attention))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return attention(q, k, v, context, decoder.config.window)
+            return attention(q, k, v, context, decoder.config.window, None)
 
         hidden_RTD, _ = decoder.hidden(
             batch.tokens,
@@ -111,15 +119,15 @@ class Scorer:
             ends_RN = jnp.reshape(batch.ends, (R, X * (B - 1)))
             ends_RND = jnp.take_along_axis(hidden_RTD, ends_RN[..., None], axis=1)
             rewards_RXK = decoder.rewards(ends_RND).reshape(R, X, B - 1)
-            rewards_RXK = jnp.where(batch.lengths[..., 1:] > 0, rewards_RXK, 0.0)
-            return Scores(nothing_RXB, nothing_RXB, nothing_RXB, nothing_RXB, rewards_RXK)
+            rewards_RXK = jnp.where((batch.lengths[..., 1:] > 0) & (batch.ends >= 0), rewards_RXK, 0.0)
+            return self.devices.summed(Scores(nothing_RXB, nothing_RXB, nothing_RXB, nothing_RXB, rewards_RXK))
 
         # A last, shorter block is filled up with targets that belong to no completion.
         rest = ((0, 0), (0, -batch.target_slots.shape[1] % self.blocks.tokens[-1]))
         positions_RS, labels_RS = jnp.pad(batch.target_positions, rest), jnp.pad(batch.target_labels, rest)
         slots_RS = jnp.pad(batch.target_slots, rest, constant_values=X * B)
         hidden_RSD = jnp.take_along_axis(hidden_RTD, positions_RS[..., None], axis=1)
-        used = batch.lengths.sum(axis=(1, 2)).max()
+        used = (slots_RS < X * B).sum(axis=1).max()
         confidence = "confidence" in self.statistics
         head_VD = decoder.head_matrix()
         scores = token_scores(hidden_RSD, head_VD, labels_RS, used, self.blocks, confidence)
@@ -129,13 +137,17 @@ class Scorer:
 
         shared_RXB = nothing_RXB
         if "shared" in self.statistics:
-            shared_RXB = by_branch(jnp.where(within_shortest(jnp.asarray(batch.lengths), slots_RS), scores.logps, 0.0))
-        return Scores(
-            logps=by_branch(scores.logps),
-            correct=by_branch(scores.correct),
-            shared=shared_RXB,
-            confidence=nothing_RXB if scores.confidence is None else by_branch(scores.confidence),
-            rewards=nothing_RXB[..., 1:],
+            indices_RS = jnp.pad(batch.target_indices, rest)
+            within_RS = within_shortest(jnp.asarray(batch.lengths), slots_RS, indices_RS)
+            shared_RXB = by_branch(jnp.where(within_RS, scores.logps, 0.0))
+        return self.devices.summed(
+            Scores(
+                logps=by_branch(scores.logps),
+                correct=by_branch(scores.correct),
+                shared=shared_RXB,
+                confidence=nothing_RXB if scores.confidence is None else by_branch(scores.confidence),
+                rewards=nothing_RXB[..., 1:],
+            )
         )
 
 
@@ -195,15 +207,10 @@ def sum_by_slot(values_RS: jax.Array, slots_RS: jax.Array, shape: tuple[int, int
     return jnp.where(member_RSN, values_RS[..., None], 0.0).sum(axis=1).reshape(R, X, B)
 
 
-def within_shortest(lengths_RXB: jax.Array, slots_RS: jax.Array) -> jax.Array:
+def within_shortest(lengths_RXB: jax.Array, slots_RS: jax.Array, indices_RS: jax.Array) -> jax.Array:
     """Whether a target [R, S] is among the first n of its completion, n being the example's shortest completion."""
-    R, X, B = lengths_RXB.shape
-    sizes_RN = lengths_RXB.reshape(R, X * B)
-    # A row's targets lie branch by branch, in the order of the slots.
-    starts_RN = jnp.cumsum(sizes_RN, axis=1) - sizes_RN
-    shortest_RN = jnp.repeat(lengths_RXB[..., 1:].min(axis=-1), B, axis=1)
-    ends_RN = jnp.pad(starts_RN + shortest_RN, ((0, 0), (0, 1)))
-    return jnp.arange(slots_RS.shape[1]) < jnp.take_along_axis(ends_RN, slots_RS, axis=1)
+    shortest_RN = jnp.repeat(lengths_RXB[..., 1:].min(axis=-1), lengths_RXB.shape[-1], axis=1)
+    return indices_RS < jnp.take_along_axis(jnp.pad(shortest_RN, ((0, 0), (0, 1))), slots_RS, axis=1)
 
 
 def head_blocks(row_length: int, rows_per_device: int, platform: str, devices: int) -> Blocks:

@@ -1,4 +1,4 @@
-"""Checkpoints through Orbax: written in the background, complete or absent, the last few and the best kept."""
+"""Checkpoints through Orbax: written in the background, complete or absent; the last few, the best, milestones kept."""
 
 import json
 import math
@@ -66,16 +66,17 @@ def unreadable(folder: Path, error: Exception) -> UserError:
 
 
 @dataclass(frozen=True)
-class LastAndBest(PreservationPolicy):
-    """Which checkpoints stay: the last few of all steps, and the best of them."""
+class Kept(PreservationPolicy):
+    """Which checkpoints stay: the last few of all steps, the best of them, and those at multiples of `every`."""
 
     last: int
+    every: int | None
     best: Callable[[Sequence[int]], int | None]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-self.last :], self.best(steps)}
-        return [step in kept for step in steps]
+        return [step in kept or (self.every is not None and step % self.every == 0) for step in steps]
 
 
 class Checkpoints:
@@ -89,7 +90,7 @@ class Checkpoints:
         self._config = config
         self._ranked: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LastAndBest(config.keep_checkpoints, self._best_of),
+            preservation_policy=Kept(config.keep_checkpoints, config.keep_every, self._best_of),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )

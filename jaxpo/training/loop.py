@@ -153,9 +153,9 @@ class Loop:
         return self.evaluate is not None and (n in (0, self.num_steps) or (every is not None and n % every == 0))
 
     def saves_at(self, n: int) -> bool:
-        every = self.config.save_every
         best = self.config.best_metric is not None and self.evaluates_at(n)
-        return n > 0 and (n == self.num_steps or best or (every is not None and n % every == 0))
+        due = any(every is not None and n % every == 0 for every in (self.config.save_every, self.config.keep_every))
+        return n > 0 and (n == self.num_steps or best or due)
 
     def logs_at(self, n: int) -> bool:
         return n % self.log_every == 0 or n == self.num_steps

@@ -1,15 +1,18 @@
 """The device mesh and where arrays live on it: one table from logical to mesh axes, apart from the model's code."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpo.batch import DeviceBatch, HostBatch
+from jaxpo.batch import DeviceBatch, HostBatch, PackedBatch
 from jaxpo.config import MeshConfig
 from jaxpo.errors import UserError
 from jaxpo.models.attention import Attention, Context
@@ -23,33 +26,46 @@ from jaxpo.models.decoder import (
 )
 from jaxpo.models.product import Parts
 from jaxpo.objectives.score import Score, Scores
+from jaxpo.training import sequence
 from jaxpo.training.flops import PEAK
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
+# A microbatch's rows are split over these, and the tokens of each row over another one.
 BATCH_AXES = ("data", "fsdp")
+SEQUENCE = "sequence"
+# Along these every device computes by itself; what lies along `tensor` a partitioner divides.
+BY_THEMSELVES = (*BATCH_AXES, SEQUENCE)
 
-# A parameter's logical axis is split over this mesh axis; what is not named here is not split.
-RULES = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+# A parameter's logical axis is split over these mesh axes; what is not named here is not split.
+RULES: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp", SEQUENCE),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, data x fsdp x tensor; an axis of -1 takes what the others leave."""
-    sizes = [config.data, config.fsdp, config.tensor]
+    """The mesh over all devices, data x fsdp x sequence x tensor; an axis of -1 takes what the others leave."""
+    asked = dataclasses.asdict(config)
+    sizes = [asked[axis] for axis in AXES]
     devices = jax.device_count()
     if -1 in sizes:
         rest = math.prod(s for s in sizes if s != -1)
         sizes[sizes.index(-1)] = devices // rest
     if math.prod(sizes) != devices:
         raise UserError(
-            f"mesh is data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}, which cannot cover the {devices} "
+            f"mesh is {', '.join(f'{axis}={asked[axis]}' for axis in AXES)}, which cannot cover the {devices} "
             f"{jax.default_backend()} device(s) here: expected axes whose product is {devices} (-1 takes the rest)."
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _along(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+def _of_axes(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
     """What a spec says of some mesh axes."""
-    return PartitionSpec(*(axis if axis in axes else None for axis in spec))
+    each = [entry if isinstance(entry, tuple) else () if entry is None else (entry,) for entry in spec]
+    return PartitionSpec(*(tuple(axis for axis in names if axis in axes) or None for names in each))
 
 
 def on_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -70,7 +86,11 @@ class Layout:
     @property
     def batch_devices(self) -> int:
         """Devices that a microbatch's rows are split over."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return self._devices(BATCH_AXES)
+
+    def _devices(self, axes: Sequence[str]) -> int:
+        """Devices along some mesh axes."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def platform(self) -> str:
@@ -88,36 +108,55 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def rows(self) -> NamedSharding:
-        """For [M, R, ...] arrays of a packed batch."""
-        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
+    def sequence(self) -> int:
+        """Devices that a row's tokens are split over."""
+        return self.mesh.shape[SEQUENCE]
+
+    def fields(self, batch: PackedBatch[Any]) -> PackedBatch[Any]:
+        """How the fields of a packed batch are split: rows, and along the sequence what is of tokens; not its totals.
+
+        Of a whole batch, fields [M, R, ...], or of a microbatch, [R, ...].
+        """
+        whole = np.ndim(batch.tokens) == 3
+
+        def spec(name: str, field: Any) -> PartitionSpec:
+            if np.ndim(field) < 2:
+                return PartitionSpec()
+            split = (BATCH_AXES, SEQUENCE) if name in sequence.SPLIT else (BATCH_AXES,)
+            return PartitionSpec(None, *split) if whole else PartitionSpec(*split)
+
+        return PackedBatch(*map(spec, PackedBatch._fields, batch))
+
+    def arranged(self, batch: HostBatch) -> HostBatch:
+        """A packed batch in the order in which its tokens are split over devices."""
+        return batch if self.sequence == 1 else sequence.laid_out(batch, self.sequence)
 
     def put(self, batch: HostBatch) -> DeviceBatch:
-        """A packed batch on the devices: rows split over them, totals on each."""
-        at = (self.rows if np.ndim(field) > 1 else self.replicated for field in batch)
+        """A packed batch on the devices: rows and tokens split over them, totals on each."""
+        batch = self.arranged(batch)
+        at = (NamedSharding(self.mesh, spec) for spec in self.fields(batch))
         return DeviceBatch(*(on_devices(field, sharding) for field, sharding in zip(batch, at, strict=True)))
 
     def over_rows(self, score: Score) -> Score:
-        """`score`, run on every device by itself: on its own rows, and its own parts of the weights.
+        """`score`, run on every device by itself: on its own tokens, and its own parts of the weights.
 
         What crosses devices is then what is written down here and in `product.linears`, nothing that a partitioner
-        thought of: along `fsdp` weights are gathered where they are used, and the gradients of their parts summed to
-        where these lie. Only along `tensor` a partitioner divides what is left.
+        thought of: along `fsdp` and `sequence` weights are gathered where they are used, and the gradients of their
+        parts summed to where these lie; along `sequence` keys and values are gathered, and scores summed. Only along
+        `tensor` a partitioner divides what is left.
         """
         if self.mesh.size == 1:
             return score
 
         def on_all(decoder: Decoder, batch: DeviceBatch) -> Scores:
-            weights = jax.tree.map(lambda at: _along(at.spec, BATCH_AXES), self.decoder(decoder.config, decoder))
-            rows = PartitionSpec(BATCH_AXES)
-            fields: list[Any] = [rows if np.ndim(field) > 1 else PartitionSpec() for field in batch]
+            weights = jax.tree.map(lambda at: _of_axes(BY_THEMSELVES, at.spec), self.decoder(decoder.config, decoder))
             return jax.shard_map(
                 score,
                 mesh=self.mesh,
-                in_specs=(weights, DeviceBatch(*fields)),
-                out_specs=rows,
+                in_specs=(weights, self.fields(batch)),
+                out_specs=PartitionSpec(BATCH_AXES),
                 # With nothing to divide along `tensor` a device is all by itself, as kernels want it.
-                axis_names={*BATCH_AXES} if self.mesh.shape["tensor"] > 1 else {*AXES},
+                axis_names={*BY_THEMSELVES} if self.mesh.shape["tensor"] > 1 else {*AXES},
                 check_vma=False,
             )(decoder, batch)
 
@@ -125,9 +164,8 @@ class Layout:
 
     def parts(self, config: DecoderConfig) -> Parts | None:
         """How matrices are split along the width of the residual stream, None if they are not."""
-        (over,) = self.parameter((config.width,), ("embed",)).spec
-        across = RULES["mlp"]
-        return Parts(over, across, self.mesh.shape[across]) if over and self.mesh.shape[over] > 1 else None
+        over, (across,) = self._along("embed", config.width), RULES["mlp"]
+        return Parts(over, across, self.mesh.shape[across]) if over else None
 
     def whole(self, decoder: Decoder) -> Decoder:
         """Inside `over_rows`: the decoder with whole matrices outside its blocks, which are used more than once."""
@@ -141,34 +179,91 @@ class Layout:
 
         return map_params(gather, decoder)
 
+    def rows(self, context: Context) -> Context:
+        """Inside `over_rows`: the context of whole rows, from that of a device's own tokens."""
+        return Context(*map(self._whole_row, context))
+
+    def summed(self, scores: Scores) -> Scores:
+        """Inside `over_rows`: the scores of whole rows, from those of a device's own tokens."""
+        return scores if self.sequence == 1 else lax.psum(scores, SEQUENCE)
+
     def spread(self, attention: Attention) -> Attention:
-        """Inside `over_rows`: `attention`, run on every device of `tensor` by itself, on its own heads.
+        """Inside `over_rows`: `attention`, run on every device by itself, on its own heads and its own queries."""
+        return self._over_heads(self._over_queries(attention))
+
+    def _whole_row(self, x_RT: jax.Array) -> jax.Array:
+        """[R, T, ...] of all devices of a row, in the row's order."""
+        if self.sequence == 1:
+            return x_RT
+        chunks = jnp.split(lax.all_gather(x_RT, SEQUENCE, axis=1, tiled=True), 2 * self.sequence, axis=1)
+        places = [chunk for device in range(self.sequence) for chunk in sequence.chunks_of(device, self.sequence)]
+        return jnp.concatenate([chunks[places.index(chunk)] for chunk in range(len(chunks))], axis=1)
+
+    def _over_queries(self, attention: Attention) -> Attention:
+        """`attention` for a device's two chunks of queries, over the keys and values of whole rows.
+
+        Keys and values are gathered anew for the backward pass, in which their gradients are summed to where the tokens
+        are.
+        """
+        if self.sequence == 1:
+            return attention
+
+        def of_chunks(
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            context: Context,
+            window: int | None,
+            _: jax.Array | None,
+        ) -> jax.Array:
+            chunk = q.shape[1] // 2
+            k, v = self._whole_row(k), self._whole_row(v)
+            places = sequence.chunks_of(lax.axis_index(SEQUENCE), self.sequence)
+            outs = [
+                attention(part, k, v, context, window, place * chunk)
+                for part, place in zip(jnp.split(q, 2, axis=1), places, strict=True)
+            ]
+            return jnp.concatenate(outs, axis=1)
+
+        return of_chunks
+
+    def _over_heads(self, attention: Attention) -> Attention:
+        """`attention` for a device's own heads along `tensor`.
 
         A loop over tiles or a kernel's call is nothing that a partitioner could split. Heads that do not divide evenly
         are computed on each device.
         """
-        if self.mesh.shape["tensor"] == 1:
+        (along,) = RULES["kv_heads"]
+        if self.mesh.shape[along] == 1:
             return attention
 
-        def on_each(q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None) -> jax.Array:
-            even = k.shape[2] % self.mesh.shape[RULES["kv_heads"]] == 0
-            heads = PartitionSpec(None, None, RULES["kv_heads"] if even else None)
+        def on_each(
+            q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None, first: jax.Array | None
+        ) -> jax.Array:
+            heads = PartitionSpec(None, None, along if k.shape[2] % self.mesh.shape[along] == 0 else None)
             return jax.shard_map(
-                lambda q, k, v, context: attention(q, k, v, context, window),
-                in_specs=(heads, heads, heads, PartitionSpec()),
+                lambda q, k, v, context, first: attention(q, k, v, context, window, first),
+                in_specs=(heads, heads, heads, PartitionSpec(), PartitionSpec()),
                 out_specs=heads,
-                axis_names={RULES["kv_heads"]},
+                axis_names={along},
                 # Copies on devices of `tensor` are equal, which the check cannot see through loops.
                 check_vma=False,
-            )(q, k, v, context)
+            )(q, k, v, context, first)
 
         return on_each
 
+    def _along(self, axis: str | None, size: int) -> tuple[str, ...]:
+        """The mesh axes that a parameter's logical axis is split over: the first ones of its rule that divide it."""
+        names = [name for name in RULES.get(axis or "", ()) if self.mesh.shape[name] > 1]
+        while size % self._devices(names):
+            names.pop()
+        return tuple(names)
+
     def parameter(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         """A parameter's sharding from its logical axes; an axis that does not divide evenly stays whole."""
-        spec = [RULES.get(axis or "") for axis in axes]
-        spec = [m if m and size % self.mesh.shape[m] == 0 else None for m, size in zip(spec, shape, strict=True)]
-        return NamedSharding(self.mesh, PartitionSpec(*spec))
+        return NamedSharding(
+            self.mesh, PartitionSpec(*(self._along(*one) or None for one in zip(axes, shape, strict=True)))
+        )
 
     def decoder(self, config: DecoderConfig, abstract: Decoder) -> Decoder:
         """Shardings shaped like the decoder whose arrays (or their shapes) `abstract` holds."""

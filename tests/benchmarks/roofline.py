@@ -90,7 +90,7 @@ def attention(batch: Any, dtype: Any) -> Piece:
     how = choose(jax.default_backend(), str(jnp.dtype(dtype)), HEAD)
     seen = np.where(batch.segments > 0, batch.positions.astype(np.int64) + 1, 0).sum()
     moved = N * HEAD * (4 * HEADS + 6 * KV_HEADS)
-    call = gradients(lambda q, k, v: packed_attention(q, k, v, context, None, how), q, k, v)
+    call = gradients(lambda q, k, v: packed_attention(q, k, v, context, None, implementation=how), q, k, v)
     return Piece(call, LAYERS, 12.0 * seen * HEADS * HEAD, jnp.dtype(dtype).itemsize * moved)
 
 

@@ -100,7 +100,7 @@ def test_each_prediction_sees_its_own_context_and_nothing_else(rows: list[Exampl
                 assert flat.ends[r, place.slot, k] == 0
     slots = batch.lengths.shape[2]
     assert scored == np.count_nonzero(flat.target_slots < slots * B) == int(batch.num_tokens.sum())
-    # The used targets come first, in the order of the slots: `score.within_shortest` counts on it.
+    # The used targets come first, in the order of the slots.
     for targets in flat.target_slots:
         assert np.all(np.diff(targets) >= 0)
 

@@ -24,7 +24,7 @@ from jaxpo.objectives import DPO
 from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.reference.compute import completion_logps
 from jaxpo.training.control import Control
-from jaxpo.training.mesh import AXES, Layout, make_mesh
+from jaxpo.training.mesh import AXES, BATCH_AXES, Layout, make_mesh
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import TrainState, initial_carry, make_train_step
 
@@ -62,12 +62,12 @@ class Outcome(NamedTuple):
 
 def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarray, table: np.ndarray | None) -> Outcome:
     """Three steps on one batch. The reference is computed the same way, unless given, and shifted by `offset`."""
-    alone = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    alone = jax.make_mesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
     layout = Layout(alone if way.mesh is None else make_mesh(way.mesh))
     scorer = Scorer(
         compute_dtype="float32",
         remat=way.remat,
-        blocks=head_blocks(way.row_length, way.rows, "cpu", layout.mesh.size),
+        blocks=head_blocks(way.row_length // layout.sequence, way.rows, "cpu", layout.mesh.size),
         devices=layout,
     )
     devices = layout.batch_devices
@@ -141,7 +141,7 @@ ONE_DEVICE = {
     "rematerialised": (Way(remat="full"), 4),
 }
 # Where the reference's log-probs are computed anew, too; elsewhere the base's serve, which saves compiling.
-WHOLE = {"padded", "prompts duplicated", "data 2, fsdp 2, tensor 2"}
+WHOLE = {"padded", "prompts duplicated", "data 2, fsdp 2, tensor 2", "fsdp 2, sequence 2, tensor 2"}
 
 
 @pytest.mark.parametrize("name", ONE_DEVICE)
@@ -170,6 +170,8 @@ MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8, tensor=1),
     "data 2, fsdp 2, tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
     "data 2, tensor 4": MeshConfig(data=2, fsdp=1, tensor=4),
+    "data 2, sequence 4": MeshConfig(data=2, fsdp=1, sequence=4),
+    "fsdp 2, sequence 2, tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),
 }
 
 
@@ -195,10 +197,12 @@ def test_a_rematerialisation_would_be_seen(capfd: pytest.CaptureFixture[str]) ->
     layout = Layout(make_mesh(MESHES["data 2, fsdp 2, tensor 2"]))
     at = NamedSharding(layout.mesh, PartitionSpec("tensor", "fsdp"))
     table = jax.device_put(np.ones((96, 32), np.float32), at)
-    tokens = jax.device_put(np.zeros((1, 8, 128), np.int32), layout.rows)
+    tokens = jax.device_put(
+        np.zeros((1, 8, 128), np.int32), NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES))
+    )
     capfd.readouterr()
     with compiled_anew():
-        rows = NamedSharding(layout.mesh, PartitionSpec(("data", "fsdp")))
+        rows = NamedSharding(layout.mesh, PartitionSpec(BATCH_AXES))
         lookup = jax.jit(lambda table, tokens: jax.lax.with_sharding_constraint(table[tokens[0]], rows))
         lookup.lower(table, tokens).compile()
     assert WARNING in capfd.readouterr().err

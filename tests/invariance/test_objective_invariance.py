@@ -57,6 +57,8 @@ WAYS = {
     "data 8": Way(2, mesh=MeshConfig(data=8, fsdp=1, tensor=1)),
     "fsdp 8": Way(4, packed=False, mesh=MeshConfig(data=1, fsdp=8, tensor=1)),
     "2 x 2 x 2": Way(2, share_prompt=False, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
+    # Chunks of five tokens: many answers are on two devices, or on another one than the token that predicts them.
+    "fsdp 2, sequence 4": Way(2, mesh=MeshConfig(data=1, fsdp=2, sequence=4)),
 }
 BASE = "4 microbatches"
 CARRIED = {name: jnp.float32(value) for name, value in CARRY.items()}
@@ -107,7 +109,7 @@ def decoders(small_decoder: Decoder) -> dict[str, Decoder]:
 
 
 def layout_of(way: Way) -> Layout:
-    alone = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    alone = jax.make_mesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
     return Layout(alone if way.mesh is None else make_mesh(way.mesh))
 
 
@@ -133,7 +135,9 @@ def scorer_of(layout: Layout, packing: Packing, kind: str, objective: Objective 
     return Scorer(
         compute_dtype="float32",
         remat="none",
-        blocks=head_blocks(packing.row_length, packing.rows // layout.batch_devices, "cpu", layout.mesh.size),
+        blocks=head_blocks(
+            packing.row_length // layout.sequence, packing.rows // layout.batch_devices, "cpu", layout.mesh.size
+        ),
         statistics=everything if objective is None else objective.statistics,
         devices=layout,
     )

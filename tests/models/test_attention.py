@@ -66,7 +66,9 @@ def heads(context: Context, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
 def value_and_gradients(implementation: Implementation, context: Context, window: int | None, *arrays: jax.Array):
     @jax.jit
     def both(q: jax.Array, k: jax.Array, v: jax.Array, d: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, context, window, implementation), q, k, v)
+        out, pull = jax.vjp(
+            lambda q, k, v: packed_attention(q, k, v, context, window, implementation=implementation), q, k, v
+        )
         return out, *pull(d)
 
     return both(*arrays)
@@ -107,6 +109,27 @@ def test_value_and_gradients_in_float64(implementation: Implementation, context:
 
 @every
 @layouts
+def test_pieces_of_a_row_are_the_row(implementation: Implementation, context: Context) -> None:
+    """The queries of each piece over the keys of the whole row; what is of the keys adds up."""
+    q, k, v, d = heads(context)
+    T, window = context.segments.shape[1], 5
+    size = next(T // pieces for pieces in (3, 2) if T % pieces == 0)
+
+    @jax.jit
+    def of_piece(first: jax.Array, q: jax.Array, d: jax.Array) -> tuple[jax.Array, ...]:
+        attend = partial(packed_attention, context=context, window=window, first=first, implementation=implementation)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d)
+
+    parts = [of_piece(jnp.int32(n), q[:, n : n + size], d[:, n : n + size]) for n in range(0, T, size)]
+    outs, d_qs, d_ks, d_vs = zip(*parts, strict=True)
+    found = np.concatenate(outs, axis=1), np.concatenate(d_qs, axis=1), sum(d_ks), sum(d_vs)
+    for got, wanted in zip(found, oracle(context, window, q, k, v, d), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+@every
+@layouts
 def test_bfloat16_is_as_near_as_its_inputs(implementation: Implementation, context: Context) -> None:
     arrays = heads(context, jnp.bfloat16)
     found = value_and_gradients(implementation, context, None, *arrays)
@@ -120,7 +143,7 @@ def test_no_token_reads_a_neighbour_a_sibling_or_padding(implementation: Impleme
     """Change everything of one branch, or of the padding: what cannot see it stays as it was, bit for bit."""
     context = LAYOUTS["edges"]
     q, k, v, _ = heads(context)
-    attend = jax.jit(lambda k, v: packed_attention(q, k, v, context, None, implementation))
+    attend = jax.jit(lambda k, v: packed_attention(q, k, v, context, None, implementation=implementation))
     before = np.asarray(attend(k, v))
     for segment in (0, 1, 2, 3):
         for branch in (0, 1, 2):
@@ -156,7 +179,7 @@ def test_probabilities_are_not_kept_for_the_backward_pass(implementation: Implem
     context = LAYOUTS["edges"]
     q, k, v, _ = heads(context)
     R, T = context.segments.shape
-    _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, context, None, implementation), q, k, v)
+    _, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, context, None, implementation=implementation), q, k, v)
     kept = [leaf for leaf in jax.tree.leaves(pull) if np.ndim(leaf)]
     assert max(leaf.size for leaf in kept if leaf.dtype == q.dtype) >= R * T * N * H, "the queries are kept"
     # Rows may have been filled up.
@@ -168,7 +191,7 @@ def test_keys_of_other_segments_are_not_computed() -> None:
     context = LAYOUTS["edges"]
     q, k, v, _ = heads(context)
     k = k.at[0, :128].set(jnp.nan)
-    out = np.asarray(packed_attention(q, k, v, context, None, "blocked"))
+    out = np.asarray(packed_attention(q, k, v, context, None, implementation="blocked"))
     # The first example of the first row has 128 tokens.
     assert np.isnan(out[0, :128]).all()
     assert np.isfinite(out[0, 128:]).all()
@@ -212,7 +235,7 @@ def test_cudnn_gets_its_kernels_for_both_passes(monkeypatch: pytest.MonkeyPatch)
     q, k, v, d = heads(context, jnp.bfloat16)
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-        out, pull = jax.vjp(lambda q, k, v: cudnn.attention(q, k, v, context, 3), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: cudnn.attention(q, k, v, context, 3, None), q, k, v)
         assert out.shape == q.shape
         return pull(d)
 

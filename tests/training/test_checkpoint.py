@@ -117,6 +117,11 @@ def test_the_last_few_are_kept(tmp_path: Path) -> None:
     assert latest_step(tmp_path) == 100
 
 
+def test_milestones_are_kept_for_good(tmp_path: Path) -> None:
+    save(tmp_path, SMALL, {n: {} for n in (2, 4, 6, 8, 10, 12, 13)}, keep_checkpoints=1, keep_every=4)
+    assert steps_on_disk(tmp_path) == [4, 8, 12, 13]
+
+
 @pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 3)])
 def test_the_best_is_kept_besides(tmp_path: Path, mode: str, best: int) -> None:
     """Steps without the metric, or with one that is not finite, are no candidates."""

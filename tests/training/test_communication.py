@@ -1,6 +1,6 @@
 """What a train step sends between devices, read from its compiled program, against what it has to send at least.
 
-Along `fsdp` every weight is gathered for the forward and again for the backward pass, and every gradient is summed to
+Along `fsdp` and `sequence` every weight is gathered for the forward and again for the backward pass, and every gradient is summed to
 where its part lies. A sum over all devices instead would send twice as much, and hold gradients whole.
 """
 
@@ -76,7 +76,7 @@ def sent(program: str) -> Iterator[Sent]:
 def program(decoder: Decoder, mesh: MeshConfig) -> str:
     """The compiled train step of one microbatch on a mesh."""
     layout = Layout(make_mesh(mesh))
-    scorer = Scorer("float32", "full", head_blocks(64, 1, "cpu", layout.mesh.size), devices=layout)
+    scorer = Scorer("float32", "full", head_blocks(64 // layout.sequence, 1, "cpu", layout.mesh.size), devices=layout)
     optimizer = make_optimizer(OptimizerConfig(), decoder.config, 10, 1.0)
     carry = jax.tree.map(np.float32, initial_carry(DPO(), Control()))
     begin: Any = np.int32(0)
@@ -95,6 +95,7 @@ MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8, tensor=1),
     "tensor 4": MeshConfig(data=2, fsdp=1, tensor=4),
     "fsdp 4, tensor 2": MeshConfig(data=1, fsdp=4, tensor=2),
+    "fsdp 2, sequence 4": MeshConfig(data=1, fsdp=2, sequence=4),
 }
 
 
@@ -103,9 +104,10 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
     mesh = MESHES[name]
     found = list(sent(program(small_decoder, mesh)))
     assert "rematerialization" not in capfd.readouterr().err
-    along_fsdp = [one for one in found if one.devices == mesh.fsdp and mesh.fsdp > 1]
+    states = mesh.fsdp * mesh.sequence
+    along_states = [one for one in found if one.devices == states > 1]
     total = Counter()
-    for one in along_fsdp:
+    for one in along_states:
         total[one.kind] += one.bytes
     leaves = by_path(small_decoder)
     # What a device of `tensor` has of a matrix.
@@ -113,10 +115,22 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
         path: leaf.size * 4 // mesh.tensor for path, leaf in leaves.items() if leaf.ndim > 1 and "norm" not in path
     }
     blocks = sum(size for path, size in split.items() if path.startswith("blocks."))
-    if mesh.fsdp > 1:
+    if states > 1:
         assert total["all-gather"] <= 1.1 * (2 * blocks + split["embedding"])
         assert total["reduce-scatter"] <= 1.1 * (blocks + split["embedding"])
         assert total["all-gather"] >= 2 * blocks
+    # Along `sequence` keys and values, and their gradients; what tokens belong to, and scores.
+    config = small_decoder.config
+    keys_and_values = 2 * 64 * config.num_kv_heads * config.head_dim * 4 * config.num_layers
+    along_sequence = Counter()
+    for one in found:
+        if one.devices == mesh.sequence > 1:
+            along_sequence[one.kind] += one.bytes
+    if mesh.sequence > 1:
+        # With everything recomputed they are gathered for the forward pass, and again for the backward pass.
+        assert 2 * keys_and_values <= along_sequence["all-gather"] <= 1.1 * 2 * keys_and_values
+        assert keys_and_values <= along_sequence["reduce-scatter"] <= 1.1 * keys_and_values
+        assert set(along_sequence) <= {"all-gather", "reduce-scatter", "all-reduce"}
     # What is left to be summed over all: the gradients of norms, and counts.
     norms = sum(leaf.size * 4 for path, leaf in leaves.items() if "norm" in path)
     assert total["all-reduce"] <= norms + 512
@@ -125,4 +139,4 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
     along_tensor = [one for one in found if one.devices == mesh.tensor and mesh.tensor > 1]
     assert {one.kind for one in along_tensor} <= {"all-reduce"}
     activations = 64 * leaves["embedding"].shape[1] * 4
-    assert sum(one.bytes for one in along_tensor) <= 1.1 * (2 + 2 + 5) * small_decoder.config.num_layers * activations
+    assert sum(one.bytes for one in along_tensor) <= 1.1 * (2 + 2 + 5) * config.num_layers * activations

@@ -8,33 +8,35 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxpo.batch import DeviceBatch
+from jaxpo.batch import DeviceBatch, Example
 from jaxpo.config import MeshConfig, OptimizerConfig
+from jaxpo.data.pack import Packing, pack
 from jaxpo.errors import UserError
 from jaxpo.models.decoder import Decoder, abstract_decoder, map_params
-from jaxpo.training.mesh import Layout, make_mesh
+from jaxpo.training.mesh import AXES, Layout, make_mesh
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import TrainState
 
 
-def layout(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Layout:
-    return Layout(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor)))
+def layout(data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1) -> Layout:
+    return Layout(make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)))
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((1, -1, 1), (1, 8, 1)),
-        ((2, -1, 2), (2, 2, 2)),
-        ((-1, 1, 4), (2, 1, 4)),
-        ((1, 2, -1), (1, 2, 4)),
-        ((8, 1, 1), (8, 1, 1)),
+        ((1, -1, 1, 1), (1, 8, 1, 1)),
+        ((2, -1, 1, 2), (2, 2, 1, 2)),
+        ((-1, 1, 1, 4), (2, 1, 1, 4)),
+        ((1, 2, 1, -1), (1, 2, 1, 4)),
+        ((1, 2, -1, 2), (1, 2, 2, 2)),
+        ((8, 1, 1, 1), (8, 1, 1, 1)),
     ],
 )
-def test_minus_one_takes_the_devices_that_are_left(sizes: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
-    mesh = layout(*sizes).mesh
+def test_minus_one_takes_the_devices_that_are_left(sizes: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    mesh = layout(**dict(zip(AXES, sizes, strict=True))).mesh
     assert tuple(mesh.shape.values()) == expected
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
     assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
 
@@ -44,16 +46,23 @@ def test_axes_that_do_not_cover_the_devices_are_an_error(sizes: tuple[int, int, 
         layout(*sizes)
     data, fsdp, tensor = sizes
     assert str(caught.value) == (
-        f"mesh is data={data}, fsdp={fsdp}, tensor={tensor}, which cannot cover the 8 cpu device(s) here: expected "
-        "axes whose product is 8 (-1 takes the rest)."
+        f"mesh is data={data}, fsdp={fsdp}, sequence=1, tensor={tensor}, which cannot cover the 8 cpu device(s) here: "
+        "expected axes whose product is 8 (-1 takes the rest)."
     )
 
 
-def test_rows_are_split_over_data_and_fsdp() -> None:
-    at = layout(data=2, fsdp=2, tensor=2)
-    assert at.batch_devices == 4
-    rows = jax.device_put(np.zeros((3, 8, 5)), at.rows)
-    assert {shard.data.shape for shard in rows.addressable_shards} == {(3, 2, 5)}
+def test_rows_are_split_over_data_and_fsdp_and_their_tokens_along_the_sequence() -> None:
+    at = layout(data=2, fsdp=1, sequence=2, tensor=2)
+    assert at.batch_devices == 2
+    answer = np.ones(6, np.int32)
+    examples = [Example(str(n), answer, (answer, answer)) for n in range(4)]
+    batch = at.put(pack(examples, None, Packing(20, 2, devices=2))[0])
+    parts = {name: value.addressable_shards[0].data.shape for name, value in batch._asdict().items()}
+    assert parts["tokens"] == parts["segments"] == (2, 1, 10)
+    # A place for each token, and one more for what a prompt's last token predicts a second time.
+    assert parts["target_slots"] == (2, 1, 11)
+    assert parts["ends"] == parts["scores"] == (2, 1, 1, 2)
+    assert parts["num_examples"] == ()
 
 
 def specs(at: Layout, config: Any) -> dict[str, PartitionSpec]:
@@ -78,15 +87,19 @@ def test_parameters_follow_the_table(small_decoder: Decoder) -> None:
         "blocks.mlp.down.kernel": P(None, "tensor", "fsdp"),
         "final_norm.scale": P(None),
     }
+    both = layout(data=1, fsdp=2, sequence=2, tensor=2)
+    assert both.parameter((96, 32), ("vocab", "embed")).spec == P("tensor", ("fsdp", "sequence"))
+    # What does not divide by both divides by the first.
+    assert both.parameter((96, 34), ("vocab", "embed")).spec == P("tensor", "fsdp")
 
 
 def test_an_axis_that_does_not_divide_stays_whole(small_decoder: Decoder) -> None:
     """4 key and value heads on 8 tensor devices; the 8 query heads, 96 tokens and 48 MLP units divide."""
     found = specs(layout(fsdp=1, tensor=8), small_decoder.config)
-    assert found["blocks.attention.key.kernel"] == PartitionSpec(None, "fsdp", None, None)
-    assert found["blocks.attention.query.kernel"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert found["blocks.attention.key.kernel"] == PartitionSpec(None, None, None, None)
+    assert found["blocks.attention.query.kernel"] == PartitionSpec(None, None, "tensor", None)
     at = layout(fsdp=1, tensor=8)
-    assert at.parameter((97, 32), ("vocab", "embed")).spec == PartitionSpec(None, "fsdp")
+    assert at.parameter((97, 32), ("vocab", "embed")).spec == PartitionSpec(None, None)
 
 
 def test_the_optimizer_lies_where_the_parameters_do(small_decoder: Decoder) -> None:

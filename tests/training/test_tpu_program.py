@@ -30,19 +30,20 @@ def compiled(*arguments: Any) -> dict[str, Any]:
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("fsdp", "tensor"), [(4, 1), (2, 2), (1, 4)])
-def test_a_step_on_four_chips(fsdp: int, tensor: int) -> None:
-    found = compiled("v5e:2x2", fsdp, tensor)
+@pytest.mark.parametrize(("fsdp", "sequence", "tensor"), [(4, 1, 1), (2, 1, 2), (1, 1, 4), (1, 4, 1), (1, 2, 2)])
+def test_a_step_on_four_chips(fsdp: int, sequence: int, tensor: int) -> None:
+    found = compiled("v5e:2x2", fsdp, sequence, tensor)
     assert found["attention"] == "splash"
-    # One kernel forward and two backward: what the forward pass made of the attention is kept, not made again.
-    assert found["kernels"] == 3
+    # One kernel forward and two backward, for each of the chunks that a chip has of a row: what the forward pass made
+    # of the attention is kept, not made again.
+    assert found["kernels"] == (3 if sequence == 1 else 6)
     assert found["square"] == [], "no scores and no mask of numbers over a whole row"
     assert found["logits"] == found["block"] * 4096 // tensor, "each chip has the logits of one block, of its own words"
 
 
 @needs_libtpu
 def test_moments_on_the_host_take_no_room_on_the_chips() -> None:
-    there, away = compiled("v5e:2x2", 4, 1), compiled("v5e:2x2", 4, 1, "offload")
+    there, away = compiled("v5e:2x2", 4, 1, 1), compiled("v5e:2x2", 4, 1, 1, "offload")
     assert there["on_host"] == 0
     assert away["on_host"] > 0
     assert away["arguments"] + away["on_host"] == there["arguments"]

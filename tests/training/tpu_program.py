@@ -1,6 +1,6 @@
 """Compile a whole train step for TPUs, on a machine that has none, and print what is in it as JSON.
 
-python tpu_program.py TOPOLOGY FSDP TENSOR [offload]       (with libtpu on the path)
+python tpu_program.py TOPOLOGY FSDP SEQUENCE TENSOR [offload]       (with libtpu on the path)
 """
 
 import json
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxpo.batch import DeviceBatch, Example
 from jaxpo.config import OptimizerConfig
@@ -50,17 +50,17 @@ CONFIG = DecoderConfig(
 )
 
 
-def main(topology: str, fsdp: int, tensor: int, offload: bool) -> None:
+def main(topology: str, fsdp: int, sequence: int, tensor: int, offload: bool) -> None:
     # They go by the backend of the process, which is a CPU here.
     kept.kept_as_integers = product.kept_as_integers = lambda x: False
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    mesh = Mesh(np.array(devices).reshape(-1, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = Mesh(np.array(devices).reshape(-1, fsdp, sequence, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
     layout = Layout(mesh)
     packing = Packing(ROW, layout.batch_devices)
     scorer = Scorer(
         compute_dtype="bfloat16",
         remat="attention",
-        blocks=head_blocks(ROW, 1, layout.platform, mesh.size),
+        blocks=head_blocks(ROW // sequence, 1, layout.platform, mesh.size),
         attention=choose(layout.platform, "bfloat16", CONFIG.head_dim),
         devices=layout,
     )
@@ -75,12 +75,10 @@ def main(topology: str, fsdp: int, tensor: int, offload: bool) -> None:
         state = state._replace(optimizer=in_host_memory(state.optimizer))
     tokens = np.ones(200, np.int32)
     examples = [Example(str(n), tokens, (tokens, tokens)) for n in range(8)]
-    batch, _ = pack(examples, np.zeros((8, 1, 2), np.float32), packing)
+    batch = layout.arranged(pack(examples, np.zeros((8, 1, 2), np.float32), packing)[0])
     fields: list[Any] = [
-        jax.ShapeDtypeStruct(
-            np.shape(field), np.asarray(field).dtype, sharding=layout.rows if np.ndim(field) > 1 else layout.replicated
-        )
-        for field in batch
+        jax.ShapeDtypeStruct(np.shape(field), np.asarray(field).dtype, sharding=NamedSharding(layout.mesh, spec))
+        for field, spec in zip(batch, layout.fields(batch), strict=True)
     ]
     step = jax.jit(make_train_step(DPO(), scorer, optimizer, Control()), donate_argnums=0)
     compiled = step.lower(state, DeviceBatch(*fields)).compile()

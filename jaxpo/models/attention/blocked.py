@@ -34,17 +34,32 @@ HIDDEN = -1e30
 
 
 def attention(
-    q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
+    q_RQNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    context: Context,
+    window: int | None,
+    first: jax.Array | None,
 ) -> jax.Array:
     """See `packed_attention`. Products are summed in float32; probabilities enter them in the inputs' precision."""
-    tile = min(q_RTNH.shape[1], TILE)
+    tile = min(k_RTKH.shape[1], TILE)
     context = Context(*(filled(field, tile) for field in context))
-    out: Any = _attention(tile, q_RTNH, k_RTKH, v_RTKH, context.segments, ranges(context, window))
+    # A tile may begin before the first query of a piece.
+    cut = Cut(tile, 0 if first is None else tile)
+    begin = jnp.int32(0) if first is None else first
+    out: Any = _attention(cut, q_RQNH, k_RTKH, v_RTKH, context.segments, ranges(context, window), begin)
     return out
 
 
+class Cut(NamedTuple):
+    """Tokens of a tile, and places that queries have before the first one."""
+
+    tile: int
+    before: int
+
+
 class Tiles(NamedTuple):
-    """The tiles of all rows, in order: the row and the place of each one's first token, and of its segment's.
+    """The tiles that hold queries, in order: the row and the place of each one's first token, and of its segment's.
 
     int32 [R * T] of which the first `number` [] are there.
     """
@@ -55,31 +70,40 @@ class Tiles(NamedTuple):
     number: jax.Array
 
 
-def tiles_of(segments_RT: jax.Array, tile: int) -> Tiles:
-    """Each segment from its first token on, in tiles of which the last may reach into what follows."""
+def tiles_of(segments_RT: jax.Array, tile: int, first: jax.Array, queries: int) -> Tiles:
+    """Each segment from its first token on, in tiles of which the last may reach into what follows.
+
+    Of these the ones that reach into so many queries from place `first` on.
+    """
     T = segments_RT.shape[1]
-    start_RT = lax.cummax(jnp.where(changes(segments_RT), jnp.arange(T), 0), axis=1)
-    begins_RT = (segments_RT > 0) & ((jnp.arange(T) - start_RT) % tile == 0)
+    places_T = jnp.arange(T)
+    start_RT = lax.cummax(jnp.where(changes(segments_RT), places_T, 0), axis=1)
+    begins_RT = (segments_RT > 0) & ((places_T - start_RT) % tile == 0)
+    begins_RT &= (places_T > first - tile) & (places_T < first + queries)
     (places,) = jnp.nonzero(begins_RT.reshape(-1), size=segments_RT.size, fill_value=0)
     return Tiles(places // T, places % T, start_RT.reshape(-1)[places], begins_RT.sum())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges) -> jax.Array:
-    return _forward(tile, q, k, v, segments, sight)[0]
+def _attention(
+    cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges, begin: jax.Array
+) -> jax.Array:
+    return _forward(cut, q, k, v, segments, sight, begin)[0]
 
 
-def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges):
+def _forward(cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges, begin: jax.Array):
+    tile, before = cut
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_kept, k_kept, v_kept = (_filled(x, tile, segments) for x in (q, k, v))
+    q_kept, k_kept, v_kept = _filled(q, cut, segments), *(_filled(x, Cut(tile, 0), segments) for x in (k, v))
     q_RKHGT, k_RKTH, v_RKHT = _queries_last(q_kept, K), _heads_first(k_kept), _tokens_last(v_kept)
-    tiles = tiles_of(segments, tile)
+    tiles = tiles_of(segments, tile, begin, q.shape[1])
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out_RKHGT, lse_RKGT = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
-        q_KHQ = _tile(q_RKHGT, r, i, tile, axis=4).reshape(K, H, G * tile)
+        here = i - begin + before
+        q_KHQ = _tile(q_RKHGT, r, here, tile, axis=4).reshape(K, H, G * tile)
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
@@ -100,37 +124,40 @@ def _forward(tile: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.
         lse = (top_KQ + jnp.log(sum_KQ)).reshape(1, K, G, tile)
         # What lies behind the segment's end is the next one's, whose tiles are still to be written.
         return (
-            lax.dynamic_update_slice(out_RKHGT, out, (r, 0, 0, 0, i)),
-            lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, i)),
+            lax.dynamic_update_slice(out_RKHGT, out, (r, 0, 0, 0, here)),
+            lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, here)),
         )
 
     R, _, _, _, T = q_RKHGT.shape
     start = (jnp.zeros(q_RKHGT.shape, jnp.float32), jnp.zeros((R, K, G, T), jnp.float32))
     out_RKHGT, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
-    out = named(_tokens_first(out_RKHGT)[:, : q.shape[1]].astype(q.dtype), "attention")
+    out = named(_queries(_tokens_first(out_RKHGT), before, q.shape[1]).astype(q.dtype), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
-    return out, (*map(keep, (q, k, v, out)), segments, sight, lse_RKGT)
+    return out, (*map(keep, (q, k, v, out)), segments, sight, begin, lse_RKGT)
 
 
-def _backward(tile: int, saved: Any, d_out: jax.Array):
-    *kept, segments, sight, lse_RKGT = saved
+def _backward(cut: Cut, saved: Any, d_out: jax.Array):
+    tile, before = cut
+    *kept, segments, sight, begin, lse_RKGT = saved
     q, k, v, out = map(restore, kept)
     T, K, H = k.shape[1:]
     G, scale = q.shape[2] // K, H**-0.5
-    q_kept, k_kept, v_kept, d_out_kept = (_filled(x, tile, segments) for x in (q, k, v, d_out))
+    q_kept, d_out_kept = (_filled(x, cut, segments) for x in (q, d_out))
+    k_kept, v_kept = (_filled(x, Cut(tile, 0), segments) for x in (k, v))
     q_RKGTH, d_out_RKGTH = _grouped(q_kept, K), _grouped(d_out_kept, K)
     q_RKHGT, d_out_RKHGT = _queries_last(q_kept, K), _queries_last(d_out_kept, K)
     k_RKTH, k_RKHT, v_RKTH = _heads_first(k_kept), _tokens_last(k_kept), _heads_first(v_kept)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    inner_RKGT = _grouped(filled(inner, tile), K)[..., 0]
-    tiles = tiles_of(segments, tile)
+    inner_RKGT = _grouped(filled(inner, tile, before), K)[..., 0]
+    tiles = tiles_of(segments, tile, begin, q.shape[1])
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
         d_q_RKHGT, d_k_RKTH, d_v_RKTH = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
-        q_KQH, d_out_KQH = (_tile(x, r, i, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
-        q_KHQ, d_out_KHQ = (_tile(x, r, i, tile, axis=4).reshape(K, H, G * tile) for x in (q_RKHGT, d_out_RKHGT))
-        lse_KQ, inner_KQ = (_tile(x, r, i, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
+        here = i - begin + before
+        q_KQH, d_out_KQH = (_tile(x, r, here, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
+        q_KHQ, d_out_KHQ = (_tile(x, r, here, tile, axis=4).reshape(K, H, G * tile) for x in (q_RKHGT, d_out_RKHGT))
+        lse_KQ, inner_KQ = (_tile(x, r, here, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
@@ -150,22 +177,28 @@ def _backward(tile: int, saved: Any, d_out: jax.Array):
         start = (jnp.zeros((K, H, G * tile), jnp.float32), d_k_RKTH, d_v_RKTH)
         d_q_KHQ, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
         d_q = d_q_KHQ.reshape(1, K, H, G, tile)
-        return lax.dynamic_update_slice(d_q_RKHGT, d_q, (r, 0, 0, 0, i)), d_k_RKTH, d_v_RKTH
+        return lax.dynamic_update_slice(d_q_RKHGT, d_q, (r, 0, 0, 0, here)), d_k_RKTH, d_v_RKTH
 
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
     start = (jnp.zeros(q_RKHGT.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
     d_q_RKHGT, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
-    d_q = _written(lambda x: _tokens_first(x)[:, :T].astype(q.dtype), d_q_RKHGT, segments)
+    Q = q.shape[1]
+    d_q = _written(lambda x: _queries(_tokens_first(x), before, Q).astype(q.dtype), d_q_RKHGT, segments)
     d_k, d_v = (_written(lambda x: _heads_first(x)[:, :T].astype(q.dtype), x, segments) for x in (d_k_RKTH, d_v_RKTH))
-    return d_q, d_k, d_v, None, None
+    return d_q, d_k, d_v, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _filled(x: jax.Array, tile: int, segments: jax.Array) -> jax.Array:
+def _filled(x: jax.Array, cut: Cut, segments: jax.Array) -> jax.Array:
     """x as it is kept, with a tile of zeros more: the last tile of a row may begin at its last token."""
-    return _written(lambda x: filled(x, tile), keep(x), segments)
+    return _written(lambda x: filled(x, *cut), keep(x), segments)
+
+
+def _queries(x_RTNH: jax.Array, before: int, number: int) -> jax.Array:
+    """What is of the queries, without the places before and after them."""
+    return x_RTNH[:, before : before + number]
 
 
 def _written(function: Callable[[jax.Array], jax.Array], x: jax.Array, segments: jax.Array) -> jax.Array:

@@ -20,10 +20,21 @@ class Context(NamedTuple):
     branches: jax.Array
     positions: jax.Array
 
+    def part(self, first: jax.Array | None, tokens: int) -> "Context":
+        """So many tokens of each row, from place `first` [] on; None for whole rows."""
+        if first is None:
+            return self
+        return Context(*(lax.dynamic_slice_in_dim(field, first, tokens, axis=1) for field in self))
 
-def filled(x: jax.Array, tokens: int) -> jax.Array:
+
+def filled(x: jax.Array, after: int, before: int = 0) -> jax.Array:
     """x [R, T, ...] with so many tokens more, of zeros: in a context, of padding."""
-    return jnp.pad(x, [(0, 0), (0, tokens)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
+
+
+def places(first: jax.Array | None, tokens: int) -> jax.Array:
+    """Where in the row so many queries lie, int32 [Q], the first of them at place `first` [], 0 if None."""
+    return jnp.arange(tokens) + (0 if first is None else first)
 
 
 def visible(queries: Context, query_places: jax.Array, keys: Context, key_places: jax.Array, window: int | None):

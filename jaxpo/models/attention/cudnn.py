@@ -1,4 +1,4 @@
-"""Attention on an NVIDIA GPU: the flash kernels of cuDNN, with what a token may see as a mask [T, T] over the row.
+"""Attention on an NVIDIA GPU: the flash kernels of cuDNN, with what a token may see as a mask [Q, T] over the row.
 
 They compute all tiles of a row, masked or not, and keep none of them. What their backward pass needs besides the output
 no policy of `jax.checkpoint` can keep, so that with any but `none` the forward kernel runs again there, and the output
@@ -6,22 +6,30 @@ has no name to be kept by either.
 """
 
 import jax
-import jax.numpy as jnp
 
-from jaxpo.models.attention.context import Context, filled, visible
+from jaxpo.models.attention.context import Context, filled, places, visible
 
 
 def attention(
-    q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None
+    q_RQNH: jax.Array,
+    k_RTKH: jax.Array,
+    v_RTKH: jax.Array,
+    context: Context,
+    window: int | None,
+    first: jax.Array | None,
 ) -> jax.Array:
     """See `packed_attention`. For bfloat16 and heads of a multiple of 8, up to 128 wide; see `supports`."""
-    T = q_RTNH.shape[1]
-    # The kernels take even lengths.
-    q, k, v = (filled(x, T % 2) for x in (q_RTNH, k_RTKH, v_RTKH))
-    context = Context(*(filled(field, T % 2) for field in context))
-    places = jnp.arange(q.shape[1])
-    mask_R1TT = visible(context, places, context, places, window)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask_R1TT, implementation="cudnn")[:, :T]
+    Q, T = q_RQNH.shape[1], k_RTKH.shape[1]
+
+    def even(x: jax.Array) -> jax.Array:
+        """The kernels take even lengths."""
+        return filled(x, x.shape[1] % 2)
+
+    queries, keys = (Context(*map(even, one)) for one in (context.part(first, Q), context))
+    places_Q, places_T = places(first, Q + Q % 2), places(None, T + T % 2)
+    mask_R1QT = visible(queries, places_Q, keys, places_T, window)[:, None]
+    q, k, v = map(even, (q_RQNH, k_RTKH, v_RTKH))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_R1QT, implementation="cudnn")[:, :Q]
 
 
 def supports(compute_dtype: str, head_dim: int) -> bool:

@@ -13,7 +13,14 @@ Implementation = Literal["dense", "blocked", "splash", "cudnn"]
 
 class Attention(Protocol):
     def __call__(
-        self, q_RTNH: jax.Array, k_RTKH: jax.Array, v_RTKH: jax.Array, context: Context, window: int | None, /
+        self,
+        q_RQNH: jax.Array,
+        k_RTKH: jax.Array,
+        v_RTKH: jax.Array,
+        context: Context,
+        window: int | None,
+        first: jax.Array | None,
+        /,
     ) -> jax.Array: ...
 
 
@@ -44,17 +51,21 @@ def why_not(implementation: Implementation, platform: str, compute_dtype: str, h
 
 
 def packed_attention(
-    q_RTNH: jax.Array,
+    q_RQNH: jax.Array,
     k_RTKH: jax.Array,
     v_RTKH: jax.Array,
     context: Context,
     window: int | None = None,
+    first: jax.Array | None = None,
     implementation: Implementation = "dense",
 ) -> jax.Array:
-    """Softmax attention [R, T, N, H] of rotated queries and keys: what `context.visible` lets a token see.
+    """Softmax attention [R, Q, N, H] of rotated queries and keys: what `context.visible` lets a token see.
+
+    Queries are those of the whole row, Q = T, or of Q tokens in one piece, the first of them at place `first` [].
 
     N is a multiple of K, the heads of keys and values. The softmax is float32; probabilities enter their product with
     the values in the inputs' precision. A place of padding (segment 0) puts out 0 and passes no gradient on.
     """
-    out_RTNH = IMPLEMENTATIONS[implementation](q_RTNH, k_RTKH, v_RTKH, context, window)
-    return jnp.where((context.segments > 0)[:, :, None, None], out_RTNH, 0)
+    out_RQNH = IMPLEMENTATIONS[implementation](q_RQNH, k_RTKH, v_RTKH, context, window, first)
+    queries = context.part(first, q_RQNH.shape[1])
+    return jnp.where((queries.segments > 0)[:, :, None, None], out_RQNH, 0)
