@@ -57,6 +57,9 @@ def paths(run: Run) -> dict[str, str]:
 def path_problem(path: str) -> str | None:
     """Why no file system takes a path, as a message that follows its key; None if it may be one."""
     shown = path if len(path) <= 60 else f"{path[:57]}…"
+    if re.match(r"\w\w+:/", path):
+        # As a path it would be a folder of that name, here.
+        return f'is "{shown}", an address; expected a folder that every host sees, such as a bucket that is mounted'
     try:
         parts = Path(path).expanduser().parts
     except RuntimeError:

@@ -1,7 +1,8 @@
 """What a train step sends between devices, read from its compiled program, against what it has to send at least.
 
-Along `fsdp` and `sequence` every weight is gathered for the forward and again for the backward pass, and every gradient is
-summed to where its part lies. A sum over all devices instead would send twice as much, and hold gradients whole.
+Along `fsdp` and `sequence` every weight is gathered for the forward and again for the backward pass, and every
+gradient is summed to where its part lies. A sum over all devices instead would send twice as much, and hold gradients
+whole.
 """
 
 import math
