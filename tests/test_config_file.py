@@ -478,7 +478,10 @@ BETWEEN_KEYS = [
         "training.best_mode is max, but less of eval_nll_loss is better; expected min, or the key left out",
     ),
     (["output_dir=~nobody-here/x"], 'output_dir is "~nobody-here/x", the home of a user whom'),
-    (["output_dir=gs://bucket/run"], 'output_dir is "gs:/bucket/run", an address; expected a folder that every host sees'),
+    (
+        ["output_dir=gs://bucket/run"],
+        'output_dir is "gs:/bucket/run", an address; expected a folder that every host sees',
+    ),
     (["data.cache_dir=" + "x" * 256], "which is too long for the name of a file"),
     (["data.max_prompt_length=512"], "data.max_prompt_length is 512; expected less than data.max_length, 512"),
     (["data.eval=[]", "training.eval_every=5"], "training.eval_every is 5 but data.eval is empty"),

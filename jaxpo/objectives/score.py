@@ -22,6 +22,10 @@ from jaxpo.models.product import Parts
 from jaxpo.objectives.logprobs import Blocks, token_scores
 
 
+# Slots whose sums are taken together.
+SLOTS_AT_ONCE = 128
+
+
 class Scores(NamedTuple):
     """Sums over a branch's scored tokens, float32 [R, X, B], 0 in an empty slot and where not asked for.
 
@@ -200,11 +204,35 @@ def all_scores(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> Scores:
     return lax.fori_loop(0, batch.num_microbatches, body, zero)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sum_by_slot(values_RS: jax.Array, slots_RS: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     """Sum values [R, S] into their slots [R, X, B]; a slot of X * B is none. No scatter: sums have one fixed order."""
     R, X, B = shape
-    member_RSN = slots_RS[..., None] == jnp.arange(X * B)
-    return jnp.where(member_RSN, values_RS[..., None], 0.0).sum(axis=1).reshape(R, X, B)
+    # Some slots at a time: S times all of them would outgrow everything else in a long row.
+    at_once = min(X * B, SLOTS_AT_ONCE)
+
+    def of_slots(first: jax.Array) -> jax.Array:
+        member_RSN = slots_RS[..., None] == first + jnp.arange(at_once)
+        return jnp.where(member_RSN, values_RS[..., None], 0.0).sum(axis=1)
+
+    sums_RN = jnp.concatenate(list(lax.map(of_slots, jnp.arange(0, X * B, at_once))), axis=1)
+    return sums_RN[:, : X * B].reshape(R, X, B)
+
+
+def _sum_by_slot_forward(
+    values_RS: jax.Array, slots_RS: jax.Array, shape: tuple[int, int, int]
+) -> tuple[jax.Array, jax.Array]:
+    return sum_by_slot(values_RS, slots_RS, shape), slots_RS
+
+
+def _sum_by_slot_backward(
+    shape: tuple[int, int, int], slots_RS: jax.Array, d_sums_RXB: jax.Array
+) -> tuple[jax.Array, None]:
+    d_sums_RN = jnp.pad(d_sums_RXB.reshape(len(d_sums_RXB), -1), ((0, 0), (0, 1)))
+    return jnp.take_along_axis(d_sums_RN, slots_RS, axis=1), None
+
+
+sum_by_slot.defvjp(_sum_by_slot_forward, _sum_by_slot_backward)
 
 
 def within_shortest(lengths_RXB: jax.Array, slots_RS: jax.Array, indices_RS: jax.Array) -> jax.Array:

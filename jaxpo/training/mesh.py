@@ -216,14 +216,9 @@ class Layout:
             window: int | None,
             _: jax.Array | None,
         ) -> jax.Array:
-            chunk = q.shape[1] // 2
-            k, v = self._whole_row(k), self._whole_row(v)
-            places = sequence.chunks_of(lax.axis_index(SEQUENCE), self.sequence)
-            outs = [
-                attention(part, k, v, context, window, place * chunk)
-                for part, place in zip(jnp.split(q, 2, axis=1), places, strict=True)
-            ]
-            return jnp.concatenate(outs, axis=1)
+            chunks = jnp.stack(sequence.chunks_of(lax.axis_index(SEQUENCE), self.sequence))
+            places = chunks * (q.shape[1] // len(chunks))
+            return attention(q, self._whole_row(k), self._whole_row(v), context, window, places)
 
         return of_chunks
 
@@ -238,17 +233,17 @@ class Layout:
             return attention
 
         def on_each(
-            q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None, first: jax.Array | None
+            q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None, pieces: jax.Array | None
         ) -> jax.Array:
             heads = PartitionSpec(None, None, along if k.shape[2] % self.mesh.shape[along] == 0 else None)
             return jax.shard_map(
-                lambda q, k, v, context, first: attention(q, k, v, context, window, first),
+                lambda q, k, v, context, pieces: attention(q, k, v, context, window, pieces),
                 in_specs=(heads, heads, heads, PartitionSpec(), PartitionSpec()),
                 out_specs=heads,
                 axis_names={along},
                 # Copies on devices of `tensor` are equal, which the check cannot see through loops.
                 check_vma=False,
-            )(q, k, v, context, first)
+            )(q, k, v, context, pieces)
 
         return on_each
 

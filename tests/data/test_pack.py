@@ -273,7 +273,7 @@ def test_no_length_is_taken_that_saves_nothing() -> None:
 
 def by_hand(batch: HostBatch) -> dict[str, list[object]]:
     """The fields of the first row by name."""
-    return {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields[:12]}
+    return {name: getattr(batch, name)[0, 0].tolist() for name in PackedBatch._fields[:13]}
 
 
 def test_a_pair_by_hand() -> None:
@@ -289,6 +289,7 @@ def test_a_pair_by_hand() -> None:
         "target_positions": [1, 2, 1, 0, 0, 0],
         "target_labels": [1003, 1004, 1005, 0, 0, 0],
         "target_slots": [1, 1, 2, 3, 3, 3],
+        "target_indices": [0, 1, 0, 0, 0, 0],
         "ends": [[3, 4]],
         "lengths": [[0, 2, 1]],
         "references": [[[-1.5, -2.5], [-1.25, -2.5]]],
@@ -307,6 +308,7 @@ def test_a_pair_by_hand_with_the_prompt_twice() -> None:
         "target_positions": [1, 2, 5, 0, 0, 0, 0, 0],
         "target_labels": [1003, 1004, 1005, 0, 0, 0, 0, 0],
         "target_slots": [1, 1, 2, 3, 3, 3, 3, 3],
+        "target_indices": [0, 1, 0, 0, 0, 0, 0, 0],
         "ends": [[3, 6]],
         "lengths": [[0, 2, 1]],
         "references": [[[0.0, 0.0]]],
@@ -319,7 +321,7 @@ def test_a_list_by_hand_with_its_prompt_scored() -> None:
     """Prompt 3, two answers of three there might be: the prompt's tokens after its first are targets of branch 0."""
     batch, _ = pack([example(2, 3, [1, 2, 0])], None, Packing(8, 1, score_prompt=True))
     row = by_hand(batch)
-    assert {name: row[name] for name in list(row)[:9]} == {
+    assert {name: row[name] for name in list(row)[:10]} == {
         "tokens": [3001, 3002, 3003, 3004, 3005, 3006, 0, 0],
         "positions": [0, 1, 2, 3, 3, 4, 0, 0],
         "segments": [1, 1, 1, 1, 1, 1, 0, 0],
@@ -327,6 +329,7 @@ def test_a_list_by_hand_with_its_prompt_scored() -> None:
         "target_positions": [0, 1, 2, 2, 4, 0, 0, 0],
         "target_labels": [3002, 3003, 3004, 3005, 3006, 0, 0, 0],
         "target_slots": [0, 0, 1, 2, 2, 4, 4, 4],
+        "target_indices": [0, 1, 0, 0, 1, 0, 0, 0],
         "ends": [[3, 5, 0]],
         "lengths": [[2, 1, 2, 0]],
     }

@@ -12,8 +12,8 @@ Keys come before queries in scores, and queries, keys and gradients are at hand 
 takes rows on its left and columns on its right, and a maximum or a sum goes over the first axis: on a CPU anything else
 is several times slower.
 
-Shape legend: R rows, T tokens of a row, C tokens of a tile, N query heads, K key and value heads, G = N / K heads of
-queries to one of keys, H head size.
+Shape legend: R rows, T tokens of a row, P pieces that its queries come in (of queries there are R * P rows), C tokens
+of a tile, N query heads, K key and value heads, G = N / K heads of queries to one of keys, H head size.
 """
 
 from collections.abc import Callable
@@ -39,16 +39,18 @@ def attention(
     v_RTKH: jax.Array,
     context: Context,
     window: int | None,
-    first: jax.Array | None,
+    pieces: jax.Array | None,
 ) -> jax.Array:
     """See `packed_attention`. Products are summed in float32; probabilities enter them in the inputs' precision."""
     tile = min(k_RTKH.shape[1], TILE)
     context = Context(*(filled(field, tile) for field in context))
     # A tile may begin before the first query of a piece.
-    cut = Cut(tile, 0 if first is None else tile)
-    begin = jnp.int32(0) if first is None else first
-    out: Any = _attention(cut, q_RQNH, k_RTKH, v_RTKH, context.segments, ranges(context, window), begin)
-    return out
+    cut = Cut(tile, 0 if pieces is None else tile)
+    starts_P = jnp.zeros(1, jnp.int32) if pieces is None else pieces
+    R, Q, N, H = q_RQNH.shape
+    q = q_RQNH.reshape(R * len(starts_P), Q // len(starts_P), N, H)
+    out: Any = _attention(cut, q, k_RTKH, v_RTKH, context.segments, ranges(context, window), starts_P)
+    return out.reshape(R, Q, N, H)
 
 
 class Cut(NamedTuple):
@@ -59,51 +61,60 @@ class Cut(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles that hold queries, in order: the row and the place of each one's first token, and of its segment's.
+    """The tiles that hold queries, in order, int32 [R * P * T] of which the first `number` [] are there.
 
-    int32 [R * T] of which the first `number` [] are there.
+    row: of the keys. piece: of the queries, of the P in each row. place: that the first query has in its piece. begin,
+    segment: the place in the row of the tile's first token, and of its segment's.
     """
 
     row: jax.Array
+    piece: jax.Array
+    place: jax.Array
     begin: jax.Array
     segment: jax.Array
     number: jax.Array
 
 
-def tiles_of(segments_RT: jax.Array, tile: int, first: jax.Array, queries: int) -> Tiles:
+def tiles_of(segments_RT: jax.Array, cut: Cut, starts_P: jax.Array, queries: int) -> Tiles:
     """Each segment from its first token on, in tiles of which the last may reach into what follows.
 
-    Of these the ones that reach into so many queries from place `first` on.
+    Of these the ones that reach into a piece: so many queries, from a place of starts_P on.
     """
-    T = segments_RT.shape[1]
+    (R, T), P = segments_RT.shape, len(starts_P)
     places_T = jnp.arange(T)
     start_RT = lax.cummax(jnp.where(changes(segments_RT), places_T, 0), axis=1)
-    begins_RT = (segments_RT > 0) & ((places_T - start_RT) % tile == 0)
-    begins_RT &= (places_T > first - tile) & (places_T < first + queries)
-    (places,) = jnp.nonzero(begins_RT.reshape(-1), size=segments_RT.size, fill_value=0)
-    return Tiles(places // T, places % T, start_RT.reshape(-1)[places], begins_RT.sum())
+    begins_RT = (segments_RT > 0) & ((places_T - start_RT) % cut.tile == 0)
+    reaches_PT = (places_T > starts_P[:, None] - cut.tile) & (places_T < starts_P[:, None] + queries)
+    begins_RPT = begins_RT[:, None] & reaches_PT
+    (found,) = jnp.nonzero(begins_RPT.reshape(-1), size=R * P * T, fill_value=0)
+    piece, begin = found // T, found % T
+    row = piece // P
+    place = begin - starts_P[piece % P] + cut.before
+    return Tiles(row, piece, place, begin, start_RT.reshape(-1)[row * T + begin], begins_RPT.sum())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges, begin: jax.Array
+    cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges, starts_P: jax.Array
 ) -> jax.Array:
-    return _forward(cut, q, k, v, segments, sight, begin)[0]
+    return _forward(cut, q, k, v, segments, sight, starts_P)[0]
 
 
-def _forward(cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges, begin: jax.Array):
+def _forward(
+    cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, sight: Ranges, starts_P: jax.Array
+):
     tile, before = cut
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
     q_kept, k_kept, v_kept = _filled(q, cut, segments), *(_filled(x, Cut(tile, 0), segments) for x in (k, v))
     q_RKHGT, k_RKTH, v_RKHT = _queries_last(q_kept, K), _heads_first(k_kept), _tokens_last(v_kept)
-    tiles = tiles_of(segments, tile, begin, q.shape[1])
+    tiles = tiles_of(segments, cut, starts_P, q.shape[1])
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out_RKHGT, lse_RKGT = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
-        here = i - begin + before
-        q_KHQ = _tile(q_RKHGT, r, here, tile, axis=4).reshape(K, H, G * tile)
+        p, here = tiles.piece[n], tiles.place[n]
+        q_KHQ = _tile(q_RKHGT, p, here, tile, axis=4).reshape(K, H, G * tile)
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
@@ -124,8 +135,8 @@ def _forward(cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.A
         lse = (top_KQ + jnp.log(sum_KQ)).reshape(1, K, G, tile)
         # What lies behind the segment's end is the next one's, whose tiles are still to be written.
         return (
-            lax.dynamic_update_slice(out_RKHGT, out, (r, 0, 0, 0, here)),
-            lax.dynamic_update_slice(lse_RKGT, lse, (r, 0, 0, here)),
+            lax.dynamic_update_slice(out_RKHGT, out, (p, 0, 0, 0, here)),
+            lax.dynamic_update_slice(lse_RKGT, lse, (p, 0, 0, here)),
         )
 
     R, _, _, _, T = q_RKHGT.shape
@@ -133,12 +144,12 @@ def _forward(cut: Cut, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.A
     out_RKHGT, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
     out = named(_queries(_tokens_first(out_RKHGT), before, q.shape[1]).astype(q.dtype), "attention")
     lse_RKGT = checkpoint_name(lse_RKGT, "attention")
-    return out, (*map(keep, (q, k, v, out)), segments, sight, begin, lse_RKGT)
+    return out, (*map(keep, (q, k, v, out)), segments, sight, starts_P, lse_RKGT)
 
 
 def _backward(cut: Cut, saved: Any, d_out: jax.Array):
     tile, before = cut
-    *kept, segments, sight, begin, lse_RKGT = saved
+    *kept, segments, sight, starts_P, lse_RKGT = saved
     q, k, v, out = map(restore, kept)
     T, K, H = k.shape[1:]
     G, scale = q.shape[2] // K, H**-0.5
@@ -149,15 +160,15 @@ def _backward(cut: Cut, saved: Any, d_out: jax.Array):
     k_RKTH, k_RKHT, v_RKTH = _heads_first(k_kept), _tokens_last(k_kept), _heads_first(v_kept)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     inner_RKGT = _grouped(filled(inner, tile, before), K)[..., 0]
-    tiles = tiles_of(segments, tile, begin, q.shape[1])
+    tiles = tiles_of(segments, cut, starts_P, q.shape[1])
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
         d_q_RKHGT, d_k_RKTH, d_v_RKTH = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
-        here = i - begin + before
-        q_KQH, d_out_KQH = (_tile(x, r, here, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
-        q_KHQ, d_out_KHQ = (_tile(x, r, here, tile, axis=4).reshape(K, H, G * tile) for x in (q_RKHGT, d_out_RKHGT))
-        lse_KQ, inner_KQ = (_tile(x, r, here, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
+        p, here = tiles.piece[n], tiles.place[n]
+        q_KQH, d_out_KQH = (_tile(x, p, here, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
+        q_KHQ, d_out_KHQ = (_tile(x, p, here, tile, axis=4).reshape(K, H, G * tile) for x in (q_RKHGT, d_out_RKHGT))
+        lse_KQ, inner_KQ = (_tile(x, p, here, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
@@ -177,7 +188,7 @@ def _backward(cut: Cut, saved: Any, d_out: jax.Array):
         start = (jnp.zeros((K, H, G * tile), jnp.float32), d_k_RKTH, d_v_RKTH)
         d_q_KHQ, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
         d_q = d_q_KHQ.reshape(1, K, H, G, tile)
-        return lax.dynamic_update_slice(d_q_RKHGT, d_q, (r, 0, 0, 0, here)), d_k_RKTH, d_v_RKTH
+        return lax.dynamic_update_slice(d_q_RKHGT, d_q, (p, 0, 0, 0, here)), d_k_RKTH, d_v_RKTH
 
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
     start = (jnp.zeros(q_RKHGT.shape, jnp.float32), nothing_RKTH, nothing_RKTH)

@@ -20,11 +20,9 @@ class Context(NamedTuple):
     branches: jax.Array
     positions: jax.Array
 
-    def part(self, first: jax.Array | None, tokens: int) -> "Context":
-        """So many tokens of each row, from place `first` [] on; None for whole rows."""
-        if first is None:
-            return self
-        return Context(*(lax.dynamic_slice_in_dim(field, first, tokens, axis=1) for field in self))
+    def at(self, places: jax.Array) -> "Context":
+        """Of the tokens [Q] at these places of each row."""
+        return Context(*(field[:, places] for field in self))
 
 
 def filled(x: jax.Array, after: int, before: int = 0) -> jax.Array:
@@ -32,9 +30,14 @@ def filled(x: jax.Array, after: int, before: int = 0) -> jax.Array:
     return jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
 
 
-def places(first: jax.Array | None, tokens: int) -> jax.Array:
-    """Where in the row so many queries lie, int32 [Q], the first of them at place `first` [], 0 if None."""
-    return jnp.arange(tokens) + (0 if first is None else first)
+def places_of(pieces: jax.Array | None, queries: int, more: int = 0) -> jax.Array:
+    """Where in the row so many queries lie, int32 [Q], in pieces of one length that begin at `pieces` [P].
+
+    more: queries that only fill up, as if they were the row's first, which sees itself.
+    """
+    starts = jnp.zeros(1, jnp.int32) if pieces is None else pieces
+    places = starts[:, None] + jnp.arange(queries // len(starts), dtype=jnp.int32)
+    return jnp.pad(places.reshape(-1), (0, more))
 
 
 def visible(queries: Context, query_places: jax.Array, keys: Context, key_places: jax.Array, window: int | None):

@@ -6,8 +6,9 @@ has no name to be kept by either.
 """
 
 import jax
+import jax.numpy as jnp
 
-from jaxpo.models.attention.context import Context, filled, places, visible
+from jaxpo.models.attention.context import Context, filled, places_of, visible
 
 
 def attention(
@@ -16,7 +17,7 @@ def attention(
     v_RTKH: jax.Array,
     context: Context,
     window: int | None,
-    first: jax.Array | None,
+    pieces: jax.Array | None,
 ) -> jax.Array:
     """See `packed_attention`. For bfloat16 and heads of a multiple of 8, up to 128 wide; see `supports`."""
     Q, T = q_RQNH.shape[1], k_RTKH.shape[1]
@@ -25,11 +26,10 @@ def attention(
         """The kernels take even lengths."""
         return filled(x, x.shape[1] % 2)
 
-    queries, keys = (Context(*map(even, one)) for one in (context.part(first, Q), context))
-    places_Q, places_T = places(first, Q + Q % 2), places(None, T + T % 2)
-    mask_R1QT = visible(queries, places_Q, keys, places_T, window)[:, None]
+    places_Q, places_T = places_of(pieces, Q, Q % 2), jnp.arange(T + T % 2)
+    mask_RQT = visible(context.at(places_Q), places_Q, Context(*map(even, context)), places_T, window)
     q, k, v = map(even, (q_RQNH, k_RTKH, v_RTKH))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask_R1QT, implementation="cudnn")[:, :Q]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_RQT[:, None], implementation="cudnn")[:, :Q]
 
 
 def supports(compute_dtype: str, head_dim: int) -> bool:

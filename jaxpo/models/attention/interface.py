@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpo.models.attention import blocked, cudnn, dense, splash
-from jaxpo.models.attention.context import Context
+from jaxpo.models.attention.context import Context, places_of
 
 Implementation = Literal["dense", "blocked", "splash", "cudnn"]
 
@@ -19,7 +19,7 @@ class Attention(Protocol):
         v_RTKH: jax.Array,
         context: Context,
         window: int | None,
-        first: jax.Array | None,
+        pieces: jax.Array | None,
         /,
     ) -> jax.Array: ...
 
@@ -56,16 +56,16 @@ def packed_attention(
     v_RTKH: jax.Array,
     context: Context,
     window: int | None = None,
-    first: jax.Array | None = None,
+    pieces: jax.Array | None = None,
     implementation: Implementation = "dense",
 ) -> jax.Array:
     """Softmax attention [R, Q, N, H] of rotated queries and keys: what `context.visible` lets a token see.
 
-    Queries are those of the whole row, Q = T, or of Q tokens in one piece, the first of them at place `first` [].
+    Queries are those of the whole row, Q = T, or of `pieces` [P] of it, the places where they begin, all of one length.
 
     N is a multiple of K, the heads of keys and values. The softmax is float32; probabilities enter their product with
     the values in the inputs' precision. A place of padding (segment 0) puts out 0 and passes no gradient on.
     """
-    out_RQNH = IMPLEMENTATIONS[implementation](q_RQNH, k_RTKH, v_RTKH, context, window, first)
-    queries = context.part(first, q_RQNH.shape[1])
-    return jnp.where((queries.segments > 0)[:, :, None, None], out_RQNH, 0)
+    out_RQNH = IMPLEMENTATIONS[implementation](q_RQNH, k_RTKH, v_RTKH, context, window, pieces)
+    segments_RQ = context.segments[:, places_of(pieces, q_RQNH.shape[1])]
+    return jnp.where((segments_RQ > 0)[:, :, None, None], out_RQNH, 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-from jaxpo.models.attention.context import Context, filled, places, visible
+from jaxpo.models.attention.context import Context, filled, places_of, visible
 
 # Heads are filled up to the width of a TPU's vector registers, rows to whole tiles.
 LANES = 128
@@ -25,7 +25,7 @@ def attention(
     v_RTKH: jax.Array,
     context: Context,
     window: int | None,
-    first: jax.Array | None,
+    pieces: jax.Array | None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -44,7 +44,7 @@ def attention(
     def of_row(row: tuple[jax.Array, jax.Array, jax.Array, Context, Context]) -> jax.Array:
         q_NQH, k_KTH, v_KTH, queries, keys = row
         Q, T = q_NQH.shape[1], k_KTH.shape[1]
-        mask_1QT = visible(queries, places(first, Q), keys, places(None, T), window)[None]
+        mask_1QT = visible(queries, places_Q, keys, jnp.arange(T), window)[None]
         kernel = splash.make_splash_mha(
             mask_1QT,
             block_sizes=block_sizes(Q, T),
@@ -56,8 +56,9 @@ def attention(
         out: Any = known_to_be_dynamic(kernel)(q_NQH, k_KTH, v_KTH)
         return out
 
+    places_Q = places_of(pieces, Q, -Q % LANES)
     # A place that fills a row up is padding, and a segment of its own.
-    queries, keys = (Context(*map(whole_tiles, one)) for one in (context.part(first, Q), context))
+    queries, keys = context.at(places_Q), Context(*map(whole_tiles, context))
     # The kernel does not scale scores.
     q_RNQH = heads_first((q_RQNH.astype(jnp.float32) * H**-0.5).astype(q_RQNH.dtype))
     out_RNQH = lax.map(of_row, (q_RNQH, heads_first(k_RTKH), heads_first(v_RTKH), queries, keys))
