@@ -250,7 +250,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_one(
     finished: Path, train: Train, configured: Callable[..., Run], tmp_path: Path
 ):
     before = content(finished)
-    config = configured("dpo", *SAMPLES, "training.row_length=128")
+    config = configured("dpo", *SAMPLES, "training.row_length=512")
     out = run.train(config, resume=str(finished / "checkpoints" / "4"))
     assert (out / "checkpoints" / "4").exists()
     assert not (out / "checkpoints" / "2").exists()

@@ -21,7 +21,6 @@ from jaxpo.models.decoder import Decoder, DecoderConfig, Remat
 from jaxpo.models.product import Parts
 from jaxpo.objectives.logprobs import Blocks, token_scores
 
-
 # Slots whose sums are taken together.
 SLOTS_AT_ONCE = 128
 
