@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 COMPILED = Path("~/.cache/jaxpo/xla-tests").expanduser()
@@ -98,6 +99,17 @@ def training(tiny: Path, folder: Path, *changes: str) -> tuple[str, ...]:
     """The arguments of a run with places of its own under `folder`."""
     places = (f"output_dir={folder}/run", f"reference.cache_dir={folder}/reference")
     return "train", str(tiny / "dpo.yaml"), *places, *CHANGES, *changes
+
+
+def until(run: Path, step: int) -> None:
+    """Return when a step has been logged."""
+    end = time.monotonic() + TIMEOUT
+    metrics = run / "metrics.jsonl"
+    while time.monotonic() < end:
+        if metrics.exists() and f'{{"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not logged in time")
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -1,25 +1,12 @@
 """One of several processes fails, is killed or is told to stop: all end soon, and the same command goes on."""
 
 import signal
-import time
 from pathlib import Path
 
 import cluster
-import pytest
 
 # Seconds in which all end when one has: gloo tells at once of a process that is gone.
 SOON = 60.0
-
-
-def until(run: Path, step: int) -> None:
-    """Return when a step has been logged."""
-    end = time.monotonic() + cluster.TIMEOUT
-    metrics = run / "metrics.jsonl"
-    while time.monotonic() < end:
-        if metrics.exists() and f'{{"step": {step},' in metrics.read_text():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"step {step} was not logged in time")
 
 
 def test_a_mistake_of_one_ends_all_with_its_message(tiny: Path, tmp_path: Path):
@@ -35,7 +22,7 @@ def test_a_mistake_of_one_ends_all_with_its_message(tiny: Path, tmp_path: Path):
 def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(alone: Path, tiny: Path, tmp_path: Path):
     command = cluster.training(tiny, tmp_path)
     started = cluster.start(tmp_path / "logs", 2, 2, *command)
-    until(tmp_path / "run", 3)
+    cluster.until(tmp_path / "run", 3)
     started[1].kill()
     found = cluster.ended(tmp_path / "logs", started, SOON)
     assert found[0].code not in (0, None), found[0].printed
@@ -46,7 +33,7 @@ def test_a_process_that_is_killed_ends_the_other_and_the_run_goes_on(alone: Path
 def test_sigterm_of_one_saves_and_ends_all_and_one_process_goes_on(alone: Path, tiny: Path, tmp_path: Path):
     command = cluster.training(tiny, tmp_path, "training.save_every=null")
     started = cluster.start(tmp_path / "logs", 2, 2, *command)
-    until(tmp_path / "run", 1)
+    cluster.until(tmp_path / "run", 1)
     started[1].send_signal(signal.SIGTERM)
     found = cluster.ended(tmp_path / "logs", started, SOON)
     assert [one.code for one in found] == [143, 143], found[0].printed
@@ -59,7 +46,7 @@ def test_sigterm_of_one_saves_and_ends_all_and_one_process_goes_on(alone: Path, 
 def test_what_one_process_saved_two_go_on_with(alone: Path, tiny: Path, tmp_path: Path):
     mesh = "mesh={data: 1, fsdp: 4, tensor: 2}"
     (process,) = cluster.start(tmp_path / "logs", 1, 8, *cluster.training(tiny, tmp_path, mesh))
-    until(tmp_path / "run", 2)
+    cluster.until(tmp_path / "run", 2)
     process.terminate()
     (stopped,) = cluster.ended(tmp_path / "logs", [process], SOON)
     assert stopped.code == 143, stopped.printed
