@@ -83,8 +83,10 @@ def test_train_and_reference_get_the_config_with_its_overrides(folder: Path, cal
     assert launch.main(["train", "config.yaml", "training.seed=3", "output_dir=elsewhere"]) == 0
     place = ["--coordinator", "host:1", "--processes", "2", "--process", "1"]
     assert launch.main(["reference", "config.yaml", *place]) == 0
-    (train, trained, alone), (reference, referred, among) = calls.made
+    assert launch.main(["train", "config.yaml", "--resume", "runs/other"]) == 0
+    (train, trained, alone, resume), (reference, referred, among), (*_, from_another) = calls.made
     assert (alone, among) == (None, Place("host:1", 2, 1))
+    assert (resume, from_another) == ("auto", "runs/other")
     assert (train, reference) == ("train", "fill_reference")
     assert isinstance(trained, Run)
     assert (trained.training.seed, trained.output_dir) == (3, Path("elsewhere"))

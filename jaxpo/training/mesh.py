@@ -125,7 +125,8 @@ class Layout:
             split = (BATCH_AXES, SEQUENCE) if name in sequence.SPLIT else (BATCH_AXES,)
             return PartitionSpec(None, *split) if whole else PartitionSpec(*split)
 
-        return PackedBatch(*map(spec, PackedBatch._fields, batch))
+        specs: list[Any] = [spec(name, field) for name, field in batch._asdict().items()]
+        return PackedBatch(*specs)
 
     def arranged(self, batch: HostBatch) -> HostBatch:
         """A packed batch in the order in which its tokens are split over devices."""

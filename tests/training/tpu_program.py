@@ -108,4 +108,5 @@ def main(topology: str, fsdp: int, sequence: int, tensor: int, offload: bool) ->
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "offload" in sys.argv[4:])
+    topology, fsdp, sequence, tensor, *more = sys.argv[1:]
+    main(topology, int(fsdp), int(sequence), int(tensor), "offload" in more)
