@@ -13,7 +13,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.mark.parametrize(
     ("processes", "mesh"),
-    [(2, "{data: 1, fsdp: -1, tensor: 1}"), (4, "{data: 2, fsdp: 2, tensor: 2}")],
+    [(2, "{data: 1, fsdp: 1, sequence: 4}"), (4, "{data: 2, fsdp: 2, tensor: 2}")],
 )
 def test_several_processes_train_as_one(processes: int, mesh: str, alone: Path, tiny: Path, tmp_path: Path):
     found = cluster.run(tmp_path / "logs", processes, 2, *cluster.training(tiny, tmp_path, f"mesh={mesh}"))

@@ -56,9 +56,8 @@ WAYS = {
     "prompts duplicated": Way(2, share_prompt=False),
     "data 8": Way(2, mesh=MeshConfig(data=8, fsdp=1, tensor=1)),
     "fsdp 8": Way(4, packed=False, mesh=MeshConfig(data=1, fsdp=8, tensor=1)),
-    "2 x 2 x 2": Way(2, share_prompt=False, mesh=MeshConfig(data=2, fsdp=2, tensor=2)),
-    # Chunks of five tokens: many answers are on two devices, or on another one than the token that predicts them.
-    "fsdp 2, sequence 4": Way(2, mesh=MeshConfig(data=1, fsdp=2, sequence=4)),
+    # Chunks of 20 tokens: many answers are on two devices, or on another one than the token that predicts them.
+    "2 x 2 x 2": Way(2, share_prompt=False, mesh=MeshConfig(fsdp=2, sequence=2, tensor=2)),
 }
 BASE = "4 microbatches"
 CARRIED = {name: jnp.float32(value) for name, value in CARRY.items()}
