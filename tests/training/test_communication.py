@@ -1,4 +1,5 @@
-"""What a train step sends between devices, read from its compiled program, against what it has to send at least.
+"""What a train step sends between devices, read from its compiled program, against what it has to send at least, and
+what the plan of a run says.
 
 Along `fsdp` every weight is gathered for the forward and again for the backward pass, and every gradient is summed to
 where its part lies. A sum over all devices instead would send twice as much, and hold gradients whole.
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Example
-from jaxpo.config import MeshConfig, OptimizerConfig
+from jaxpo.config import DataConfig, DataSource, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
 from jaxpo.data.pack import Packing, pack
-from jaxpo.models.decoder import Decoder, by_path
+from jaxpo.models.decoder import Decoder, DecoderConfig, by_path
 from jaxpo.objectives import DPO
 from jaxpo.objectives.score import Scorer, head_blocks
+from jaxpo.planning.traffic import collectives
+from jaxpo.planning.work import Step, batches_of
 from jaxpo.training.control import Control
 from jaxpo.training.mesh import Layout, make_mesh
 from jaxpo.training.optimizer import make_optimizer
@@ -91,6 +94,35 @@ def program(decoder: Decoder, mesh: MeshConfig) -> str:
     return step.lower(state, batch).compile().as_text() or ""
 
 
+def planned(config: DecoderConfig, mesh: MeshConfig, batch_size: int) -> Step:
+    """The step of `program`: examples of 3 x 20 tokens, each in a row of 64."""
+    run = Run(
+        model=ModelConfig(path="none", compute_dtype="float32", remat="full"),
+        data=DataConfig(train=(DataSource(path="none.jsonl"),)),
+        training=TrainingConfig(batch_size=batch_size, row_length=64),
+        mesh=mesh,
+    )
+    batches = batches_of(np.array([20]), np.array([[20, 20]]), run, None, "a test")
+    return Step(run, config, batches, "cpu", "dense")
+
+
+# Sums of scalars, of metrics and norms, are in no plan.
+SCALARS = 512
+
+
+def assert_as_planned(found: list[Sent], step: Step) -> None:
+    sums: Counter[tuple[str, int]] = Counter()
+    for one in found:
+        if one.devices > 1:
+            sums[one.kind, one.devices] += one.bytes
+    said: Counter[tuple[str, int]] = Counter()
+    for one in collectives(step):
+        said[one.kind, step.ways(*one.axes)] += int(one.bytes)
+    assert {kind for kind, _ in sums} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    for key in {*said, *sums}:
+        assert said[key] <= sums[key] <= said[key] + (SCALARS if key[0] == "all-reduce" else 0), key
+
+
 MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8, tensor=1),
     "tensor 4": MeshConfig(data=2, fsdp=1, tensor=4),
@@ -103,6 +135,7 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
     mesh = MESHES[name]
     found = list(sent(program(small_decoder, mesh)))
     assert "rematerialization" not in capfd.readouterr().err
+    assert_as_planned(found, planned(small_decoder.config, mesh, mesh.data * mesh.fsdp))
     along_fsdp = [one for one in found if one.devices == mesh.fsdp and mesh.fsdp > 1]
     total = Counter()
     for one in along_fsdp:
@@ -126,3 +159,10 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
     assert {one.kind for one in along_tensor} <= {"all-reduce"}
     activations = 64 * leaves["embedding"].shape[1] * 4
     assert sum(one.bytes for one in along_tensor) <= 1.1 * (2 + 2 + 5) * small_decoder.config.num_layers * activations
+
+
+def test_every_microbatch_sends_what_one_does(small_decoder: Decoder) -> None:
+    mesh = MESHES["fsdp 4, tensor 2"]
+    one, four = (planned(small_decoder.config, mesh, size) for size in (4, 16))
+    assert (one.microbatches, four.microbatches) == (1, 4)
+    assert collectives(one) == collectives(four)
