@@ -69,7 +69,7 @@ def memory(step: Step) -> Memory:
         },
         LAYER: {
             **always,
-            "gradients": sums + weights,
+            "gradients": sums + step.kept() * gradient_size(step),
             "activations": kept.device,
             "gathered weights": whole_ends + gathered_bytes(step),
             "gradients of embedding and head": 4.0 * ends,
@@ -78,6 +78,15 @@ def memory(step: Step) -> Memory:
         UPDATE: {**always, "moments": moments, "gradients": sums or weights, "update": update_bytes(step)},
     }
     return Memory(weights, moments, batch_bytes(step), phases, kept.host + (moments if offloaded else 0.0))
+
+
+def gradient_size(step: Step) -> int:
+    """Bytes of a number of a microbatch's gradients while they are made.
+
+    They have the weights' dtype; a CPU's compiler makes a stack of bfloat16 in float32, and rounds it beside.
+    """
+    stored = bytes_of(step.run.model.dtype)
+    return stored + 4 + stored if step.platform == "cpu" and stored == 2 else stored
 
 
 def batch_bytes(step: Step) -> float:
@@ -176,7 +185,7 @@ def head_bytes(step: Step) -> float:
 
 
 def update_bytes(step: Step) -> float:
-    """Updates in float32, whose norm is taken before they are applied."""
-    return 4.0 * step.kept()
-
-
+    """Updates in float32, whose norm is taken before they are applied; and what is rounded anew, beside the old."""
+    run = step.run
+    dtypes = (run.model.dtype, run.optimizer.state_dtype or run.model.dtype)
+    return step.kept() * (4.0 + 2.0 * dtypes.count("bfloat16"))
