@@ -17,6 +17,7 @@ from jaxpo.planning.compiled import Compiled, measured
 from jaxpo.planning.hardware import GIB, Topology, parse
 from jaxpo.planning.here import devices_here
 from jaxpo.planning.lengths import lengths
+from jaxpo.planning.memory import LAYER
 from jaxpo.planning.search import MARGIN, Change, Estimate, changed, estimate, knobs, ranked, remedy
 from jaxpo.planning.speed import ASSUMPTIONS, device_flops, seconds_of, useful_flops
 from jaxpo.planning.traffic import collectives
@@ -55,7 +56,7 @@ def show(
         compiled_step, said = measured(now.step, where)
         _show_compiled(now, compiled_step, said)
     for line in ASSUMPTIONS:
-        console.console.print(Text(f"· {line}", style="dim"))
+        _say(Text(line, style="dim"))
     if file is not None:
         atomic.write_text(file, json.dumps(as_json(now, offered, first, found, said), indent=1))
 
@@ -96,57 +97,54 @@ def _say_verdict(now: Estimate, first: Change | None) -> None:
     """The lines that answer the question."""
     step, chip, training = now.step, now.topology.chip, now.step.run.training
     mesh = ", ".join(f"{axis} {size}" for axis, size in step.sizes.items() if size > 1) or "one device"
-    console.say(f"{parameters(step.model):,} parameters, {step.run.objective.name}, on {now.topology}: {mesh}")
     room = f"{_gib(now.memory.peak)} of {_gib(chip.usable)} GiB on each device"
     speed = f"a step of {training.batch_size} examples takes {_time(now.times.total)} at best"
-    verdict = Text.assemble((now.verdict, COLORS[now.verdict]), f": {room}; {speed}, bound by {now.times.bound_by}")
-    console.console.print(verdict)
+    _say(Text.assemble((now.verdict, COLORS[now.verdict]), f": {room}; {speed}, bound by {now.times.bound_by}"))
     if first is not None:
         rest = f"{_gib(first.estimate.memory.peak)} GiB, {_time(first.estimate.times.total)}"
-        line = Text.assemble(("change first", "bold"), f": {' '.join(first.overrides)}  ({rest})")
-        console.console.print(line)
+        _say(Text.assemble(("change first", "bold"), f": {' '.join(first.overrides)}  ({rest})"))
     elif now.verdict != "fits":
-        console.say("no three of the changes below make it fit: expected more devices, or larger ones")
-    console.say(f"lengths: {step.batches.origin}")
+        _say("no three of the changes below make it fit: expected more devices, or larger ones")
+    _say(f"{parameters(step.model):,} parameters, {step.run.objective.name}, on {now.topology}: {mesh}")
+    _say(f"lengths: {step.batches.origin}")
     console.say("")
+
+
+def _say(text: Text | str) -> None:
+    """A line, broken between words at the width of the terminal."""
+    console.console.print(Text(text) if isinstance(text, str) else text)
 
 
 def _show_memory(now: Estimate) -> None:
     kinds = now.memory.phases[now.memory.phase]
     rows = [(kind, _gib(size), f"{size / now.memory.peak:.0%}") for kind, size in kinds.items() if size]
-    rows.append((f"at most, {now.memory.phase}", _gib(now.memory.peak), ""))
+    rows.append((f"at most, {now.memory.phase}", _gib(now.memory.peak), "100%"))
     if now.memory.host:
-        rows.append(("in the host's memory besides", _gib(now.memory.host), ""))
+        rows.append(("in the host's memory besides", _gib(now.memory.host), "-"))
     console.table("memory of a device", ("kind", "GiB", "share"), rows)
 
 
 def _show_step(now: Estimate) -> None:
     step, times, M = now.step, now.times, now.step.microbatches
-    counts = step.batches.counts
-    useful, done = useful_flops(step), device_flops(step) * step.devices
+    done = device_flops(step)
+    more = f"{done * step.devices / useful_flops(step):.2f} x the useful"
     rows: list[tuple[str, str, str]] = [
-        (
-            "products",
-            f"{_amount(done / step.devices)}FLOP, {done / useful:.2f} x the useful ones",
-            _time(times.products),
-        ),
-        ("memory", "weights, activations, logits", _time(times.memory)),
+        ("compute", f"{_amount(done)}FLOP, {more}", _time(times.products)),
+        ("memory", f"{_amount(times.memory * now.topology.chip.bandwidth)}B read and written", _time(times.memory)),
     ]
     for one in collectives(step):
-        said = f"{one.kind} over {', '.join(one.axes)}: {_amount(M * one.bytes)}B of {one.what}"
-        rows.append(
-            ("links, waited for" if one.waited_for else "links", said, _time(M * seconds_of(one, step, now.topology)))
-        )
+        said = f"{one.kind} of {one.what}, {_amount(M * one.bytes)}B"
+        rows.append((f"over {'+'.join(one.axes)}", said, _time(M * seconds_of(one, step, now.topology))))
     if times.host:
-        rows.append(("to the host", "activations there and back", _time(times.host)))
-    rows.append(("update", "norms, moments, weights", _time(times.update)))
+        rows.append(("host", "activations there and back", _time(times.host)))
+    rows.append(("update", "norms, moments and weights", _time(times.update)))
     if times.moments:
-        rows.append(("from the host", "moments here and back", _time(times.moments)))
+        rows.append(("host", "moments here and back", _time(times.moments)))
     title = (
-        f"a step: {counts.tokens:,.0f} tokens in {M:.3g} microbatches, rows {step.batches.fill:.0%} full, "
-        f"{_amount(useful)}FLOP"
+        f"a step: {step.batches.counts.tokens:,.0f} tokens, {M:.3g} microbatches, rows {step.batches.fill:.0%} full, "
+        f"{_amount(useful_flops(step))}FLOP useful"
     )
-    console.table(title, ("what", "of a device", "at best"), rows)
+    console.table(title, ("part", "of a device", "at best"), rows)
 
 
 def _show_changes(offered: Sequence[Change]) -> None:
@@ -159,7 +157,7 @@ def _show_changes(offered: Sequence[Change]) -> None:
 
 def _show_ranking(now: Estimate, found: Sequence[Change]) -> None:
     if not found:
-        console.say("no mesh, rows_per_device and remat fit; see the changes above")
+        _say("no mesh, rows_per_device and remat fit; see the changes above")
         return
     axes = tuple(now.step.sizes)
     rows = []
@@ -185,15 +183,16 @@ def _show_compiled(now: Estimate, step: Step, said: Compiled) -> None:
     """XLA's figures beside those of the plan for the same platform."""
     planned = estimate(step, now.topology).memory
     if said.platform != now.topology.chip.platform:
-        console.say(
+        _say(
             f"--compile: there is no compiler for {now.topology} here (for one slice of TPUs it is libtpu, installed "
             f"or in the folder that JAXPO_LIBTPU names); compiled for {step.devices} simulated CPU devices"
         )
     if said.peak is None:
-        console.console.print(Text.assemble(("does not fit", COLORS["does not fit"]), f", says XLA: {said.message}"))
+        _say(Text.assemble(("does not fit", COLORS["does not fit"]), f", says XLA: {said.message}"))
         return
+    on_device = planned.weights + planned.batch + planned.phases[LAYER]["moments"]
     rows = [
-        ("state and batch", _gib(said.arguments), _gib(planned.weights + planned.phases[planned.phase]["moments"] + planned.batch)),
+        ("state and batch", _gib(said.arguments), _gib(on_device)),
         ("at most", _gib(said.peak), _gib(planned.peak)),
         ("in the host's memory", _gib(said.host), _gib(planned.host)),
     ]

@@ -65,7 +65,7 @@ def _longest(run: Run) -> Lengths:
     each = (room - prompt) // K if run.training.share_prompt else room - prompt
     completion = max(1, min(data.max_length - prompt, each))
     origin = (
-        f"an assumption, for data.train is not tokenised yet: every example as long as data.max_length lets it be, "
-        f"{prompt} + {' + '.join([str(completion)] * K)} tokens; `data` tokenises, --tokens-per-example tells"
+        f"assumed, as data.train is not tokenised yet: {prompt} + {' + '.join([str(completion)] * K)} tokens an "
+        "example, the most that data.max_length allows (--tokens-per-example tells better)"
     )
     return Lengths(np.array([prompt]), np.array([[completion] * K]), origin)

@@ -90,7 +90,7 @@ def gradient_size(step: Step) -> int:
 
 
 def batch_bytes(step: Step) -> float:
-    """The packed batch: seven numbers of 4 bytes for each place, and those of example slots, of which a row has a 32nd."""
+    """The packed batch: seven numbers of 4 bytes for each place, and those of slots, one for 32 places."""
     training, K = step.run.training, step.run.objective.num_completions
     places = step.shape * training.rows_per_device * training.row_length
     slots = places / 32
@@ -98,7 +98,7 @@ def batch_bytes(step: Step) -> float:
 
 
 class Widths(NamedTuple):
-    """Numbers that a device has of each place of a layer: the residual stream, queries, keys, what is within the MLP."""
+    """Numbers that a device has of each place of a layer: the residual stream, queries, keys, within the MLP."""
 
     stream: int
     heads: float
@@ -158,10 +158,14 @@ def kept_for_backward(step: Step) -> Kept:
 
 
 def layer_bytes(step: Step) -> float:
-    """What the backward pass of a layer makes while it runs: all of a layer again, and gradients of its widest part."""
+    """What the backward pass of a layer makes while it runs: all of a layer again, and gradients of its widest part.
+
+    On an accelerator the activation's gradients become part of the products, and take the place of what they are of.
+    """
     w, s = widths(step), bytes_of(step.run.model.compute_dtype)
     again = alive(step) if step.run.model.remat != "none" else 0.0
-    return step.places * (again + s * (2 * w.stream + w.up + w.down))
+    gradients = s * (2 * w.stream + w.up + w.down)
+    return step.places * (again + gradients if step.platform == "cpu" else max(again, gradients))
 
 
 def gathered_bytes(step: Step) -> float:

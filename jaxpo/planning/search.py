@@ -121,7 +121,7 @@ def _tried(now: Estimate, some: tuple[tuple[tuple[str, Any], ...], ...]) -> Chan
 
 
 def ranked(now: Estimate) -> list[Change]:
-    """Meshes, rows_per_device and remat policies that fit, the fastest first; of equals the one that takes least."""
+    """Meshes, rows_per_device and remat policies that fit, the fastest first; of equals, to three digits, the smallest."""
     found = []
     for mesh in _meshes(now.step):
         of_mesh = [(f"mesh.{axis}", size) for axis, size in mesh.items()]
@@ -135,7 +135,9 @@ def ranked(now: Estimate) -> list[Change]:
                 found.append(_tried(now, (settings,)))
             rows *= 2
     fitting = [change for change in found if change.estimate.verdict != "does not fit"]
-    return sorted(fitting, key=lambda change: (round(change.estimate.times.total, 6), change.estimate.memory.peak))
+    return sorted(
+        fitting, key=lambda change: (float(f"{change.estimate.times.total:.3g}"), change.estimate.memory.peak)
+    )
 
 
 def _meshes(step: Step) -> Iterator[dict[str, int]]:

@@ -9,9 +9,9 @@ from jaxpo.planning.work import ROWS, TOKENS, Step, bytes_of
 from jaxpo.training.flops import Counts, forward, useful
 
 ASSUMPTIONS = (
-    "Each part at the published peak: products, memory, links; the true step is slower, by a half often.",
-    "Products, memory and the gathers and scatters of fsdp go on at once: the slowest of them counts.",
-    "Sums over data and tensor are waited for, and so are the optimizer's update and moments that come from the host.",
+    "at best: compute, memory and links at their published peaks; what is reached is often half of that.",
+    "Compute, memory, and what is gathered and scattered over fsdp go on at once: the slowest counts.",
+    "Sums (all-reduce), the update, and moments that come from the host are waited for.",
 )
 
 
@@ -39,7 +39,7 @@ class Times(NamedTuple):
     def bound_by(self) -> str:
         """What takes the most of it."""
         names = {
-            "products": self.products,
+            "compute": self.products,
             "memory's bandwidth": self.memory,
             "links along fsdp": self.overlapped,
             "transfers to the host": self.host + self.moments,

@@ -7,7 +7,7 @@ from jaxpo.config import Run
 from jaxpo.models.decoder import DecoderConfig
 from jaxpo.planning.hardware import Chip, of_count
 from jaxpo.planning.search import Estimate, changed, estimate
-from jaxpo.planning.work import FSDP, Batches, Step
+from jaxpo.planning.work import Batches, Step
 from jaxpo.prepare import attention_of
 from jaxpo.training.flops import Counts, useful
 
@@ -39,7 +39,7 @@ def curve(run: Run, model: DecoderConfig, chip: Chip, counts: Iterable[int], exa
         points = [_point(run, model, chip, chips, fsdp, example) for fsdp in _sizes(model, chip, chips)]
         fitting = [point for point in points if point.estimate.verdict != "does not fit"]
         if fitting:
-            yield max(fitting, key=lambda point: (round(point.efficiency, 6), -point.estimate.step.sizes[FSDP]))
+            yield min(fitting, key=lambda point: point.estimate.times.total)
 
 
 def _sizes(model: DecoderConfig, chip: Chip, chips: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The predicted curve of weak scaling: a point of it by hand, and what no curve may do."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from test_speed import LLAMA_8B
@@ -30,7 +31,7 @@ def test_links_cost_more_the_more_chips_there_are(name: str) -> None:
     assert points[0].chips > 1
     efficiency = [point.efficiency for point in points]
     assert all(0 < one <= 1 for one in efficiency)
-    assert efficiency == sorted(efficiency, reverse=True)
+    assert all(later <= earlier + 1e-4 for earlier, later in pairwise(efficiency))
     assert all(0 < point.mfu < 1 for point in points)
 
 
