@@ -121,7 +121,7 @@ def _tried(now: Estimate, some: tuple[tuple[tuple[str, Any], ...], ...]) -> Chan
 
 
 def ranked(now: Estimate) -> list[Change]:
-    """Meshes, rows_per_device and remat policies that fit, the fastest first; of equals, to three digits, the smallest."""
+    """Meshes, rows_per_device and remat policies that fit; first the fastest, of equals to 3 digits the smallest."""
     found = []
     for mesh in _meshes(now.step):
         of_mesh = [(f"mesh.{axis}", size) for axis, size in mesh.items()]

@@ -15,18 +15,21 @@ ASSUMPTIONS = (
     "Each chip computes the same rows in one microbatch, whatever their number; the batch grows with the chips.",
     "fsdp lies within a slice or a host, copies (data) across; of the sizes that fit, the one with the fastest step.",
     "Products, memory and links at their published peak, so that links are not flattered by slow products.",
-    "fsdp's gathers and scatters go on while products do; the sum of gradients over data is waited for.",
+    "fsdp's gathers and scatters go on while products do (`serial`: they do not); sums over data are waited for.",
     "Efficiency is the time of a step without links over its time with them.",
 )
 
 
 @dataclass(frozen=True)
 class Point:
-    """A step on so many chips. efficiency: of 1, what is left of a chip's speed. mfu: useful arithmetic over peak."""
+    """A step on so many chips. efficiency: of 1, what is left of a chip's speed; serial: the same if products waited
+    for every link. mfu: useful arithmetic over peak.
+    """
 
     chips: int
     estimate: Estimate
     efficiency: float
+    serial: float
     mfu: float
 
 
@@ -58,4 +61,5 @@ def _point(run: Run, model: DecoderConfig, chip: Chip, chips: int, fsdp: int, ro
     alone = found.times._replace(overlapped=0.0, exposed=0.0).total
     seconds = found.times.total
     mfu = useful(model, counts) / chips / chip.peak(run.model.compute_dtype) / seconds
-    return Point(chips, found, alone / seconds, mfu)
+    serial = alone / (alone + found.times.overlapped + found.times.exposed)
+    return Point(chips, found, alone / seconds, serial, mfu)

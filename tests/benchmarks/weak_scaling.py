@@ -67,6 +67,7 @@ def described(point: Point) -> dict[str, Any]:
         "chips": point.chips,
         "fsdp": found.step.sizes[FSDP],
         "efficiency": round(point.efficiency, 4),
+        "serial": round(point.serial, 4),
         "mfu": round(point.mfu, 4),
         "step_s": round(found.times.total, 4),
         "bound_by": found.times.bound_by,
@@ -82,17 +83,18 @@ def draw(curves: dict[str, list[Point]], rows: int, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, points in curves.items():
-        x = [point.chips for point in points]
-        axes.plot(x, [100 * point.efficiency for point in points], marker="o", markersize=4, label=KINDS[name])
-        last = points[-1]
+    for (name, points), shift in zip(curves.items(), (-5, 5, 0), strict=True):
+        x, best = [point.chips for point in points], [100 * point.efficiency for point in points]
+        (line,) = axes.plot(x, best, marker="o", markersize=4, label=KINDS[name])
+        axes.fill_between(x, best, [100 * point.serial for point in points], alpha=0.15, color=line.get_color())
         axes.annotate(
-            f"{100 * last.efficiency:.0f} %",
-            (last.chips, 100 * last.efficiency),
-            xytext=(6, 0),
+            f"{best[-1]:.0f} %",
+            (x[-1], best[-1]),
+            xytext=(8, shift),
             textcoords="offset points",
             va="center",
             fontsize=8,
+            color=line.get_color(),
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
@@ -102,7 +104,9 @@ def draw(curves: dict[str, list[Point]], rows: int, path: Path) -> None:
     axes.set_title(
         f"predicted, not measured: DPO of an 8B Llama, all weights, {rows} rows of 4,096 tokens a chip", fontsize=9
     )
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.legend(
+        frameon=False, fontsize=8, loc="lower left", title="shaded: down to no overlap of links and products"
+    ).get_title().set_fontsize(8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -30,7 +30,7 @@ def test_links_cost_more_the_more_chips_there_are(name: str) -> None:
     # 8 bytes a weight are more than one of these chips has.
     assert points[0].chips > 1
     efficiency = [point.efficiency for point in points]
-    assert all(0 < one <= 1 for one in efficiency)
+    assert all(0 < point.serial <= point.efficiency <= 1 for point in points)
     assert all(later <= earlier + 1e-4 for earlier, later in pairwise(efficiency))
     assert all(0 < point.mfu < 1 for point in points)
 
