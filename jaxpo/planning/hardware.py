@@ -173,7 +173,7 @@ class Topology:
         """
         free = list(self.shape)
         found: dict[str, Link] = {}
-        for axis in reversed(sizes):
+        for axis in reversed(list(sizes)):
             rest, used = sizes[axis], []
             for place in _places(free, rest):
                 part = math.gcd(rest, free[place])

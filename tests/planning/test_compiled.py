@@ -65,7 +65,7 @@ def test_without_libtpu_a_cpu_stands_in(small_decoder: Decoder, monkeypatch: pyt
 @needs_libtpu
 @pytest.mark.parametrize(
     ("fsdp", "tensor", "remat", "microbatches"),
-    [(4, 1, "full", 1), (4, 1, "attention", 1), (4, 1, "none", 1), (2, 2, "full", 2), (1, 1, "full", 1)],
+    [(4, 1, "full", 1), (4, 1, "none", 1), (2, 2, "attention", 2)],
 )
 def test_memory_of_a_tpu_is_as_planned(fsdp: int, tensor: int, remat: str, microbatches: int) -> None:
     mesh = MeshConfig(data=4 // fsdp // tensor, fsdp=fsdp, tensor=tensor)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpo.config import DataConfig, DataSource, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
+from jaxpo.config import DataConfig, DataSource, Dtype, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
 from jaxpo.models.decoder import Decoder
 from jaxpo.planning.memory import LAYER, memory
 from jaxpo.planning.search import MARGIN
@@ -36,7 +36,7 @@ def step(decoder: Decoder, mesh: MeshConfig, dtype: Any, optimizer: OptimizerCon
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2), (2, 1, 4)]
-STATES = {
+STATES: dict[str, tuple[Dtype, OptimizerConfig]] = {
     "float32": ("float32", OptimizerConfig()),
     "bfloat16 moments": ("float32", OptimizerConfig(state_dtype="bfloat16")),
     "all bfloat16": ("bfloat16", OptimizerConfig()),

@@ -36,14 +36,14 @@ LLAMA_8B = {
 GPT2 = {"model_type": "gpt2", "vocab_size": 50_257}
 
 
-def step(config: dict[str, object], lengths: tuple[int, ...], batch_size: int, **training: int) -> Step:
+def step(config: dict[str, object], lengths: tuple[int, ...], batch_size: int, row_length: int) -> Step:
     """Equal examples on one TPU chip."""
     model = decoder_config(config, "a test")
     run = Run(
         model=ModelConfig(path="none"),
         data=DataConfig(train=(DataSource(path="none.jsonl"),)),
         objective=SFT() if len(lengths) == 2 else DPO(),
-        training=TrainingConfig(batch_size=batch_size, **training),
+        training=TrainingConfig(batch_size=batch_size, row_length=row_length),
         mesh=MeshConfig(fsdp=1),
     )
     prompt, *completions = lengths
