@@ -97,11 +97,11 @@ def _say_verdict(now: Estimate, first: Change | None) -> None:
     """The lines that answer the question."""
     step, chip, training = now.step, now.topology.chip, now.step.run.training
     mesh = ", ".join(f"{axis} {size}" for axis, size in step.sizes.items() if size > 1) or "one device"
-    room = f"{_gib(now.memory.peak)} of {_gib(chip.usable)} GiB on each device"
+    room = f"{_size(now.memory.peak)} of {_size(chip.usable)} on each device"
     speed = f"a step of {training.batch_size} examples takes {_time(now.times.total)} at best"
     _say(Text.assemble((now.verdict, COLORS[now.verdict]), f": {room}; {speed}, bound by {now.times.bound_by}"))
     if first is not None:
-        rest = f"{_gib(first.estimate.memory.peak)} GiB, {_time(first.estimate.times.total)}"
+        rest = f"{_size(first.estimate.memory.peak)}, {_time(first.estimate.times.total)}"
         _say(Text.assemble(("change first", "bold"), f": {' '.join(first.overrides)}  ({rest})"))
     elif now.verdict != "fits":
         _say("no three of the changes below make it fit: expected more devices, or larger ones")
@@ -117,11 +117,11 @@ def _say(text: Text | str) -> None:
 
 def _show_memory(now: Estimate) -> None:
     kinds = now.memory.phases[now.memory.phase]
-    rows = [(kind, _gib(size), f"{size / now.memory.peak:.0%}") for kind, size in kinds.items() if size]
-    rows.append((f"at most, {now.memory.phase}", _gib(now.memory.peak), "100%"))
+    rows = [(kind, _size(size), f"{size / now.memory.peak:.0%}") for kind, size in kinds.items() if size]
+    rows.append((f"at most, {now.memory.phase}", _size(now.memory.peak), "100%"))
     if now.memory.host:
-        rows.append(("in the host's memory besides", _gib(now.memory.host), "-"))
-    console.table("memory of a device", ("kind", "GiB", "share"), rows)
+        rows.append(("in the host's memory besides", _size(now.memory.host), "-"))
+    console.table("memory of a device", ("kind", "bytes", "share"), rows)
 
 
 def _show_step(now: Estimate) -> None:
@@ -140,19 +140,22 @@ def _show_step(now: Estimate) -> None:
     rows.append(("update", "norms, moments and weights", _time(times.update)))
     if times.moments:
         rows.append(("host", "moments here and back", _time(times.moments)))
-    title = (
-        f"a step: {step.batches.counts.tokens:,.0f} tokens, {M:.3g} microbatches, rows {step.batches.fill:.0%} full, "
-        f"{_amount(useful_flops(step))}FLOP useful"
-    )
-    console.table(title, ("part", "of a device", "at best"), rows)
+    tokens = f"{step.batches.counts.tokens:,.0f} tokens, {M:.3g} microbatches, rows {step.batches.fill:.0%} full"
+    _say(f"a step: {tokens}, {_amount(useful_flops(step))}FLOP useful")
+    console.table("time of a step", ("part", "of a device", "at best"), rows)
 
 
 def _show_changes(offered: Sequence[Change]) -> None:
     rows = [
-        (" ".join(one.overrides), _gib(one.estimate.memory.peak), _time(one.estimate.times.total), one.estimate.verdict)
+        (
+            " ".join(one.overrides),
+            _size(one.estimate.memory.peak),
+            _time(one.estimate.times.total),
+            one.estimate.verdict,
+        )
         for one in offered[:SHOWN]
     ]
-    console.table("one change at a time", ("change", "GiB", "step", ""), rows)
+    console.table("one change at a time", ("change", "memory", "step", ""), rows)
 
 
 def _show_ranking(now: Estimate, found: Sequence[Change]) -> None:
@@ -171,12 +174,12 @@ def _show_ranking(now: Estimate, found: Sequence[Change]) -> None:
                 *(str(step.sizes[axis]) for axis in axes),
                 str(step.run.training.rows_per_device),
                 step.run.model.remat,
-                _gib(one.estimate.memory.peak),
+                _size(one.estimate.memory.peak),
                 one.estimate.verdict,
             )
         )
     title = f"the fastest of {len(found):,} settings that fit; mfu at best"
-    console.table(title, ("step", "mfu", *axes, "rows", "remat", "GiB", ""), rows)
+    console.table(title, ("step", "mfu", *axes, "rows", "remat", "memory", ""), rows)
 
 
 def _show_compiled(now: Estimate, step: Step, said: Compiled) -> None:
@@ -192,12 +195,12 @@ def _show_compiled(now: Estimate, step: Step, said: Compiled) -> None:
         return
     on_device = planned.weights + planned.batch + planned.phases[LAYER]["moments"]
     rows = [
-        ("state and batch", _gib(said.arguments), _gib(on_device)),
-        ("at most", _gib(said.peak), _gib(planned.peak)),
-        ("in the host's memory", _gib(said.host), _gib(planned.host)),
+        ("state and batch", _size(said.arguments), _size(on_device)),
+        ("at most", _size(said.peak), _size(planned.peak)),
+        ("in the host's memory", _size(said.host), _size(planned.host)),
     ]
     ratio = planned.peak / said.peak
-    console.table(f"compiled for {said.platform}: planned over compiled {ratio:.2f}", ("GiB", "XLA", "plan"), rows)
+    console.table(f"compiled for {said.platform}: planned over compiled {ratio:.2f}", ("", "XLA", "plan"), rows)
 
 
 def as_json(
@@ -244,9 +247,10 @@ def as_json(
     }
 
 
-def _gib(size: float) -> str:
-    value = size / GIB
-    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+def _size(size: float) -> str:
+    """GiB, or MiB of what is small."""
+    value, unit = (size / GIB, "GiB") if size >= GIB / 10 else (1024 * size / GIB, "MiB")
+    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"
 
 
 def _time(seconds: float) -> str:

@@ -57,6 +57,8 @@ def measured(step: Step, topology: Topology) -> tuple[Step, Compiled]:
         path = os.pathsep.join(filter(None, [libtpu_path() if there else None, *sys.path]))
         environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         environment["JAX_NUM_CPU_DEVICES"] = "1" if there else str(step.devices)
+        # libtpu is a compiler here: it keeps no other process from its TPUs.
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
         command = [sys.executable, "-m", __name__, str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
