@@ -78,7 +78,7 @@ def test_memory_of_a_tpu_is_as_planned(fsdp: int, tensor: int, remat: str, micro
 
 @needs_libtpu
 def test_what_does_not_fit_is_told() -> None:
-    large = dataclasses.replace(MODEL, width=4096, mlp_width=14_336, num_layers=32, num_heads=32)
+    large = dataclasses.replace(MODEL, width=8192, mlp_width=32_768, num_layers=4, num_heads=64)
     found = measured(step(large, MeshConfig(fsdp=4), "full", 1, 1023, 4), parse("v5e:2x2"))[1]
     assert found.peak is None
     assert "memory" in found.message
