@@ -14,7 +14,7 @@ from jaxpo.models import scratch
 from jaxpo.models.checkpoint import read_decoder_config
 from jaxpo.models.decoder import DecoderConfig
 from jaxpo.planning.compiled import Compiled, measured
-from jaxpo.planning.hardware import GIB, Topology, parse
+from jaxpo.planning.hardware import GIB, SHARE, Topology, parse
 from jaxpo.planning.here import devices_here
 from jaxpo.planning.lengths import lengths
 from jaxpo.planning.memory import LAYER
@@ -55,7 +55,10 @@ def show(
     if compiles:
         compiled_step, said = measured(now.step, where)
         _show_compiled(now, compiled_step, said)
-    for line in ASSUMPTIONS:
+    share = SHARE[where.chip.platform]
+    memory = f"memory: {share:.0%} of {_size(where.chip.memory)}"
+    memory += ", which jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise" * (where.chip.platform == "gpu")
+    for line in (f"{memory}; it fits with {MARGIN:.0%} to spare, what the estimate may be wrong by.", *ASSUMPTIONS):
         _say(Text(line, style="dim"))
     if file is not None:
         atomic.write_text(file, json.dumps(as_json(now, offered, first, found, said), indent=1))

@@ -62,7 +62,7 @@ def changed(run: Run, overrides: Iterable[tuple[str, Any]]) -> Run:
 
 
 def _knobs(step: Step) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """Settings that take less memory, each by itself. Those that round differently come last."""
+    """Settings that may take less memory, each by itself."""
     run, sizes, on_cpu = step.run, step.sizes, step.platform == "cpu"
     for remat in POLICIES[POLICIES.index(run.model.remat) + 1 :]:
         if not (on_cpu and remat == "offload"):
