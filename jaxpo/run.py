@@ -25,7 +25,7 @@ from jaxpo.data import inspect, loader
 from jaxpo.delivery import deliver, end_ids
 from jaxpo.errors import UserError
 from jaxpo.evaluation import plots, report
-from jaxpo.models.decoder import Decoder, abstract_decoder
+from jaxpo.models.decoder import Decoder, DecoderConfig, abstract_decoder
 from jaxpo.models.generate import greedy
 from jaxpo.prepare import (
     STAGES,
@@ -44,6 +44,7 @@ from jaxpo.training.control import Control, Stop
 from jaxpo.training.evaluate import PREFIX, make_evaluation
 from jaxpo.training.flops import step_flops
 from jaxpo.training.loop import Loop, Progress
+from jaxpo.training.mesh import Layout
 from jaxpo.training.metrics import Record
 from jaxpo.training.moving_reference import Reference, Sync, checkpointed, restored
 from jaxpo.training.offload import in_host_memory
@@ -186,7 +187,7 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     with progress.timed("reference"):
         table = references(parts, initial)
     control = Control(run.control.adaptive_beta)
-    abstract = abstract_state(parts, optimizer, control)
+    abstract = abstract_state(run, config, parts.layout, optimizer, control)
     sync = make_sync(parts)
     if first:
         loaded.clear()
@@ -273,16 +274,17 @@ def make_sync(parts: Parts) -> Sync | None:
     )
 
 
-def abstract_state(parts: Parts, optimizer: optax.GradientTransformation, control: Control) -> TrainState:
+def abstract_state(
+    run: Run, config: DecoderConfig, layout: Layout, optimizer: optax.GradientTransformation, control: Control
+) -> TrainState:
     """Shapes, dtypes and shardings of the training state."""
-    config = parts.checkpoint.decoder_config
 
     def start(decoder: Any) -> TrainState:
-        carry = {name: jnp.float32(value) for name, value in initial_carry(parts.run.objective, control).items()}
+        carry = {name: jnp.float32(value) for name, value in initial_carry(run.objective, control).items()}
         return TrainState(jnp.zeros((), jnp.int32), decoder, optimizer.init(decoder), carry)
 
-    state = parts.layout.place(config, jax.eval_shape(start, abstract_decoder(config, parts.run.model.dtype)))
-    return state._replace(optimizer=in_host_memory(state.optimizer)) if parts.run.optimizer.offload else state
+    state = layout.place(config, jax.eval_shape(start, abstract_decoder(config, run.model.dtype)))
+    return state._replace(optimizer=in_host_memory(state.optimizer)) if run.optimizer.offload else state
 
 
 def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:

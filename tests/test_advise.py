@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from jaxpo import config_file, dialogue, launch
+from jaxpo import arguments, config_file, dialogue, launch
 from jaxpo.advise import Answers, Data, Goal, advise, without_effect
 from jaxpo.config import Run
 from jaxpo.config_checks import check
@@ -244,13 +244,13 @@ def test_the_end_of_input_is_an_interruption(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_flags_say_the_same_as_the_dialogue(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "90")
-    for name, (field, _) in launch.SITUATION.items():
+    for name, (field, _) in arguments.SITUATION.items():
         assert launch.main(["advise", "--pairs", f"--{name}"]) == 0
         assert capsys.readouterr().out == dialogue.text(replace(Answers("pairs"), **{field: True}), 90) + "\n"
     assert launch.main(["advise", "--rankings", "--reward-model"]) == 0
     assert capsys.readouterr().out == dialogue.text(Answers("rankings", goal="scorer"), 90) + "\n"
-    assert {field for field, _ in launch.SITUATION.values()} == set(FLAGS) == {q.field for q in dialogue.QUESTIONS}
-    assert set(launch.ROWS) == set(get_args(Data)) == set(dialogue.DATA.values())
+    assert {field for field, _ in arguments.SITUATION.values()} == set(FLAGS) == {q.field for q in dialogue.QUESTIONS}
+    assert set(arguments.ROWS) == set(get_args(Data)) == set(dialogue.DATA.values())
 
 
 @pytest.mark.parametrize(

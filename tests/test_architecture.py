@@ -21,6 +21,8 @@ ORDER = [
         "jaxpo.processes",
         "jaxpo.models.kept",
         "jaxpo.models.product",
+        "jaxpo.planning.hardware",
+        "jaxpo.arguments",
     ],
     ["jaxpo.batch", "jaxpo.objectives.losses", "jaxpo.objectives.logprobs"],
     ["jaxpo.objectives"],
@@ -35,6 +37,8 @@ ORDER = [
     ["jaxpo.prepare", "jaxpo.references"],
     ["jaxpo.delivery", "jaxpo.run_folder", "jaxpo.run", "jaxpo.conversion", "jaxpo.rating"],
     ["jaxpo.recipes", "jaxpo.advise", "jaxpo.dialogue"],
+    ["jaxpo.planning"],
+    ["jaxpo.plan"],
     ["jaxpo.launch"],
 ]
 RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
@@ -117,7 +121,8 @@ CORE = ["jaxpo.objectives.losses", "jaxpo.objectives.logprobs", "jaxpo.models.pr
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_numerical_core_needs_jax_only(name: str) -> None:
-    standard = {"collections.abc", "dataclasses", "functools", "itertools", "math", "typing", *CORE}
+    plain = {"collections.abc", "dataclasses", "functools", "itertools", "math", "typing"}
+    standard = {*plain, "contextlib", "contextvars", *CORE}
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     needed = {imported_name.split(".")[0] for _, imported_name in imported(tree, name) if imported_name not in standard}
     assert needed == {"jax"}

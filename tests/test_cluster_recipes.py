@@ -19,6 +19,7 @@ import yaml
 from kubeflow_trainer_api.models import IoK8sApiCoreV1PersistentVolumeClaim, JobsetV1alpha2JobSet
 
 from jaxpo import config_file, launch, processes
+from jaxpo.arguments import parser_of
 from jaxpo.training.loop import TERMINATED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def started(path: Path) -> tuple[str, list[str]]:
 def test_a_recipe_starts_a_run_that_makes_sense_in_the_shared_environment(path: Path):
     text, arguments = started(path)
     assert re.search(r'^source (launch|"\$\(dirname "\$\{BASH_SOURCE\[0\]\}"\))/environment\.sh\b', text, re.MULTILINE)
-    known = launch._parser().parse_args(arguments)
+    known = parser_of(launch.CALLS).parse_args(arguments)
     assert known.command == "train"
     run = config_file.load(ROOT / known.config, known.overrides)
     # Where there are several hosts, the folder is one that they share.

@@ -300,10 +300,10 @@ class Watched:
         return prepared
 
     def _placing(self, real: Any) -> Any:
-        def placed(parts: Any, _: Any, control: Any) -> Any:
+        def placed(config: Any, model: Any, layout: Any, _: Any, control: Any) -> Any:
             # The run's own optimizer is replaced by none, which has no state.
-            self.placed = real(parts, make_optimizer(*self.optimizer), control).optimizer
-            return real(parts, optax.identity(), control)
+            self.placed = real(config, model, layout, make_optimizer(*self.optimizer), control).optimizer
+            return real(config, model, layout, optax.identity(), control)
 
         return placed
 

@@ -27,7 +27,18 @@ data: {train: [{path: rows.jsonl}], cache_dir: cache, workers: 1}
 training: {batch_size: 1}
 output_dir: out
 """
-COMMANDS = ["advise", "train", "reference", "data", "score", "convert", "convert from-hf", "convert to-hf", "schema"]
+COMMANDS = [
+    "advise",
+    "train",
+    "reference",
+    "data",
+    "plan",
+    "score",
+    "convert",
+    "convert from-hf",
+    "convert to-hf",
+    "schema",
+]
 
 
 class Calls:
@@ -192,6 +203,8 @@ def test_other_failures_are_defects_and_keep_their_traceback(folder: Path, monke
         (["data", "c.yaml", "--examples", "-1"], "'-1' is no number of examples"),
         (["data", "c.yaml", "--examples", "few"], "'few' is no number of examples"),
         (["data", "c.yaml", "--split", "test"], "invalid choice: 'test'"),
+        (["plan", "c.yaml", "--tokens-per-example", "120"], "'120' is not P,C[,C]: tokens of a prompt and of its"),
+        (["plan", "c.yaml", "--tokens-per-example", "120,0"], "'120,0' is not P,C[,C]"),
         (["convert"], "required: DIRECTION"),
         (["convert", "to-hf", "a", "b", "--dtype", "int8"], "invalid choice: 'int8'"),
     ],

@@ -336,8 +336,9 @@ def test_the_best_checkpoint_is_kept_and_exported(train: Train, configured: Call
     config = configured("dpo", *changes)
     parts = run.prepare(config, out)
     optimizer = make_optimizer(config.optimizer, parts.checkpoint.decoder_config, 6, config.training.max_grad_norm)
+    abstract = run.abstract_state(config, parts.checkpoint.decoder_config, parts.layout, optimizer, Control())
     with Checkpoints(out, config.training) as checkpoints:
-        state, _ = checkpoints.restore(2, run.abstract_state(parts, optimizer, Control()))
+        state, _ = checkpoints.restore(2, abstract)
     exported = load_decoder(read_checkpoint(str(out / "export"), None), "float32", None)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(exported), jax.device_get(state.decoder))
 

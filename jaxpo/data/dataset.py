@@ -71,6 +71,7 @@ class TokenizedDataset:
             self._prefixes: list[str] = meta["prefixes"]
             self._parts: list[str] = meta["parts"]
             self._rated: int = meta["rated"]
+            self.key: dict[str, Any] = meta["key"]
             self.path: str = meta["key"]["path"]
             self.split: str = meta["key"]["split"]
             self.format: str = meta["format"]
@@ -214,20 +215,13 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir {config.cache_dir} cannot be used: {error}.") from error
-    limits = Limits(config.max_length, config.max_prompt_length, config.truncate_prompt)
+    limits = _limits(config)
     key = {
-        "code_version": CODE_VERSION,
         "libraries": [tokenizers.__version__, transformers.__version__],
         "content": rows.fingerprint(FileHashes(cache / "hashes")),
-        "path": source.path,
-        "split": source.split,
-        "format": source.format,
-        "limit": source.limit,
         "tokenizer": tokenizer_fingerprint,
         "template": template,
-        "limits": asdict(limits),
-        "feedback": feedback,
-        "num_completions": num_completions,
+        **_asked(source, limits, feedback, num_completions),
     }
     folder = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     try:
@@ -241,6 +235,41 @@ def prepare(
         raise UserError(f"data.cache_dir {config.cache_dir} cannot be used: {error}.") from error
     _warn_of(dataset)
     return dataset
+
+
+def last(source: DataSource, config: DataConfig, feedback: Feedback, num_completions: int) -> TokenizedDataset | None:
+    """The source's examples as they were tokenised last with these settings, whatever rows and tokenizer were then.
+
+    None where they are not in the cache. Neither the source nor a tokenizer is looked for.
+    """
+    asked = _asked(source, _limits(config), feedback, num_completions)
+    metas = config.cache_dir.expanduser().glob("*/meta.json")
+    for meta in sorted(metas, key=lambda file: -file.stat().st_mtime):
+        try:
+            dataset = TokenizedDataset(meta.parent)
+        except DamagedCacheError:
+            continue
+        if asked.items() <= dataset.key.items():
+            return dataset
+    return None
+
+
+def _limits(config: DataConfig) -> Limits:
+    return Limits(config.max_length, config.max_prompt_length, config.truncate_prompt)
+
+
+def _asked(source: DataSource, limits: Limits, feedback: Feedback, num_completions: int) -> dict[str, Any]:
+    """What the key of a dataset in the cache takes from the configuration."""
+    return {
+        "code_version": CODE_VERSION,
+        "path": source.path,
+        "split": source.split,
+        "format": source.format,
+        "limit": source.limit,
+        "limits": asdict(limits),
+        "feedback": feedback,
+        "num_completions": num_completions,
+    }
 
 
 def _open(folder: Path) -> TokenizedDataset | None:

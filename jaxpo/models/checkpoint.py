@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,6 +23,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # model's), or whichever the checkpoint has.
 WantedHead = Literal["lm", "score", "stored"]
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
+WEIGHTS_AND_SMALL_FILES = ((*SMALL_FILES, "*.safetensors"), (*SMALL_FILES, "pytorch_model*.bin"))
 
 
 class StoredTensor(Protocol):
@@ -118,19 +119,8 @@ def read_checkpoint(path: str | Path, revision: str | None = None, head: WantedH
     or of another shape, where a file is cut, and where `head` asks for a language model and it is none.
     """
     folder = resolve(path, revision)
+    hf_config, stored, config = _configured(folder, head)
     source = folder / "config.json"
-    if not source.is_file():
-        export = folder / "export"
-        hint = f" Did you mean {export}?" if (export / "config.json").is_file() else ""
-        raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint.{hint}")
-    hf_config = _read_json(source)
-    if head == "lm" and families.is_classifier(hf_config):
-        raise UserError(
-            f"{source}: found architectures {', '.join(map(str, hf_config['architectures']))}, a reward model or a "
-            "classifier, which has no language-model head; expected a language model (a CausalLM)."
-        )
-    stored = families.decoder_config(hf_config, str(source))
-    config = replace(stored, head="score") if head == "score" else stored
     tensors, notes = {}, ()
     if native.is_native(folder):
         native.check(folder)
@@ -149,6 +139,31 @@ def read_checkpoint(path: str | Path, revision: str | None = None, head: WantedH
     )
 
 
+def read_decoder_config(path: str | Path, revision: str | None = None, head: WantedHead = "lm") -> DecoderConfig:
+    """The decoder of a checkpoint by its config.json alone: weights need not be there, and of a hub id nothing more is
+    fetched. UserError as of `read_checkpoint`.
+    """
+    return _configured(resolve(path, revision, (("config.json",),)), head)[2]
+
+
+def _configured(folder: Path, head: WantedHead) -> tuple[dict[str, Any], DecoderConfig, DecoderConfig]:
+    """A checkpoint's Hugging Face configuration, the decoder that it is of, and the one to load."""
+    source = folder / "config.json"
+    if not source.is_file():
+        export = folder / "export"
+        hint = f" Did you mean {export}?" if (export / "config.json").is_file() else ""
+        raise UserError(f"{folder} has no config.json; expected a Hugging Face checkpoint.{hint}")
+    hf_config = _read_json(source)
+    if head == "lm" and families.is_classifier(hf_config):
+        raise UserError(
+            f"{source}: found architectures {', '.join(map(str, hf_config['architectures']))}, a reward model or a "
+            "classifier, which has no language-model head; expected a language model (a CausalLM)."
+        )
+    stored = families.decoder_config(hf_config, str(source))
+    config = replace(stored, head="score") if head == "score" else stored
+    return hf_config, stored, config
+
+
 def _wanted(
     hf_config: Mapping[str, Any], stored: DecoderConfig, config: DecoderConfig, source: str
 ) -> list[families.Tensor]:
@@ -157,8 +172,13 @@ def _wanted(
     return [tensor for tensor in families.tensors(hf_config, config, source) if tensor.name in names]
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `path` itself, or where huggingface_hub puts (or has put) the hub id it names."""
+def resolve(
+    path: str | Path, revision: str | None = None, patterns: Sequence[tuple[str, ...]] = WEIGHTS_AND_SMALL_FILES
+) -> Path:
+    """The folder of a checkpoint: `path` itself, or where huggingface_hub puts (or has put) the hub id it names.
+
+    patterns: of the files to fetch; the later ones where the ones before find nothing of what they name last.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -171,9 +191,10 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"{path} is a file; expected the folder of a Hugging Face checkpoint, or a hub id.")
     if not HUB_ID.fullmatch(str(path)):
         raise UserError(f"{path} does not exist; expected the folder of a Hugging Face checkpoint, or a hub id.")
-    folder = _download(str(path), revision, (*SMALL_FILES, "*.safetensors"))
-    if not any(folder.glob("*.safetensors")):
-        folder = _download(str(path), revision, (*SMALL_FILES, "pytorch_model*.bin"))
+    for some in patterns:
+        folder = _download(str(path), revision, some)
+        if any(folder.glob(some[-1])):
+            break
     return folder
 
 

@@ -1,6 +1,8 @@
 """What a layer keeps for its backward pass, and what it computes again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -8,6 +10,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+
+# The platform that programs are made for, where it is not that of the process.
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def made_for(platform: str) -> Iterator[None]:
+    """Programs are traced for a platform that this process has no device of."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
 
 
 def recomputed(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -47,11 +62,11 @@ _named.defvjp(lambda x, name: (named(x, name), None), lambda _name, _kept, gradi
 
 
 def kept_as_integers(x: jax.Array) -> bool:
-    """Whether `keep` makes integers of x, by the default backend of the process.
+    """Whether `keep` makes integers of x: on a CPU, by the default backend of the process or `made_for`.
 
     XLA updates a bfloat16 array on a CPU by way of float32, all of what is stacked for each layer.
     """
-    return x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return x.dtype == jnp.bfloat16 and (_PLATFORM.get() or jax.default_backend()) == "cpu"
 
 
 def keep(x: jax.Array) -> jax.Array:

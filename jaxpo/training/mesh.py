@@ -46,20 +46,26 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, data x fsdp x sequence x tensor; an axis of -1 takes what the others leave."""
-    asked = dataclasses.asdict(config)
-    sizes = [asked[axis] for axis in AXES]
-    devices = jax.device_count()
-    if -1 in sizes:
-        rest = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = devices // rest
-    if math.prod(sizes) != devices:
+def axis_sizes(config: MeshConfig, devices: int, called: str) -> dict[str, int]:
+    """The size of each axis of a mesh over so many devices, `called` so; -1 takes what the others leave.
+
+    Raises UserError where they do not come out.
+    """
+    asked = {axis: dataclasses.asdict(config)[axis] for axis in AXES}
+    rest = math.prod(size for size in asked.values() if size != -1)
+    sizes = {axis: devices // rest if size == -1 else size for axis, size in asked.items()}
+    if math.prod(sizes.values()) != devices:
         raise UserError(
-            f"mesh is {', '.join(f'{axis}={asked[axis]}' for axis in AXES)}, which cannot cover the {devices} "
-            f"{jax.default_backend()} device(s) here: expected axes whose product is {devices} (-1 takes the rest)."
+            f"mesh is {', '.join(f'{axis}={size}' for axis, size in asked.items())}, which cannot cover the {devices} "
+            f"{called}: expected axes whose product is {devices} (-1 takes the rest)."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sizes
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices: data x fsdp x sequence x tensor."""
+    sizes = axis_sizes(config, jax.device_count(), f"{jax.default_backend()} device(s) here")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _of_axes(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
@@ -165,7 +171,7 @@ class Layout:
 
     def parts(self, config: DecoderConfig) -> Parts | None:
         """How matrices are split along the width of the residual stream, None if they are not."""
-        over, (across,) = self._along("embed", config.width), RULES["mlp"]
+        over, (across,) = self.along("embed", config.width), RULES["mlp"]
         return Parts(over, across, self.mesh.shape[across]) if over else None
 
     def whole(self, decoder: Decoder) -> Decoder:
@@ -248,7 +254,7 @@ class Layout:
 
         return on_each
 
-    def _along(self, axis: str | None, size: int) -> tuple[str, ...]:
+    def along(self, axis: str | None, size: int) -> tuple[str, ...]:
         """The mesh axes that a parameter's logical axis is split over: the first ones of its rule that divide it."""
         names = [name for name in RULES.get(axis or "", ()) if self.mesh.shape[name] > 1]
         while size % self._devices(names):
@@ -258,7 +264,7 @@ class Layout:
     def parameter(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         """A parameter's sharding from its logical axes; an axis that does not divide evenly stays whole."""
         return NamedSharding(
-            self.mesh, PartitionSpec(*(self._along(*one) or None for one in zip(axes, shape, strict=True)))
+            self.mesh, PartitionSpec(*(self.along(*one) or None for one in zip(axes, shape, strict=True)))
         )
 
     def decoder(self, config: DecoderConfig, abstract: Decoder) -> Decoder:

@@ -1,4 +1,5 @@
-"""What a train step sends between devices, read from its compiled program, against what it has to send at least.
+"""What a train step sends between devices, read from its compiled program, against what it has to send at least, and
+what the plan of a run says.
 
 Along `fsdp` and `sequence` every weight is gathered for the forward and again for the backward pass, and every
 gradient is summed to where its part lies. A sum over all devices instead would send twice as much, and hold gradients
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 
 from jaxpo.batch import Example
-from jaxpo.config import MeshConfig, OptimizerConfig
+from jaxpo.config import DataConfig, DataSource, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
 from jaxpo.data.pack import Packing, pack
-from jaxpo.models.decoder import Decoder, by_path
+from jaxpo.models.decoder import Decoder, DecoderConfig, by_path
 from jaxpo.objectives import DPO
 from jaxpo.objectives.score import Scorer, head_blocks
+from jaxpo.planning.traffic import collectives
+from jaxpo.planning.work import TOKENS, Step, batches_of
 from jaxpo.training.control import Control
 from jaxpo.training.mesh import Layout, make_mesh
 from jaxpo.training.optimizer import make_optimizer
@@ -92,6 +95,36 @@ def program(decoder: Decoder, mesh: MeshConfig) -> str:
     return step.lower(state, batch).compile().as_text() or ""
 
 
+def planned(config: DecoderConfig, mesh: MeshConfig, batch_size: int) -> Step:
+    """The step of `program`: examples of 3 x 20 tokens, each in a row of 64."""
+    run = Run(
+        model=ModelConfig(path="none", compute_dtype="float32", remat="full"),
+        data=DataConfig(train=(DataSource(path="none.jsonl"),)),
+        training=TrainingConfig(batch_size=batch_size, row_length=64),
+        mesh=mesh,
+    )
+    batches = batches_of(np.array([20]), np.array([[20, 20]]), run, None, "a test")
+    return Step(run, config, batches, "cpu", "dense")
+
+
+# Sums of scalars, of metrics and norms, are in no plan, nor what else devices that share a row say of its tokens.
+SCALARS = 512
+
+
+def assert_as_planned(found: list[Sent], step: Step) -> None:
+    sums: Counter[tuple[str, int]] = Counter()
+    for one in found:
+        if one.devices > 1:
+            sums[one.kind, one.devices] += one.bytes
+    said: Counter[tuple[str, int]] = Counter()
+    for one in collectives(step):
+        said[one.kind, step.ways(*one.axes)] += int(one.bytes)
+    assert {kind for kind, _ in sums} <= {"all-gather", "reduce-scatter", "all-reduce"}
+    for kind, devices in {*said, *sums}:
+        slack = SCALARS if kind == "all-reduce" or devices == step.ways(*TOKENS) else 0
+        assert said[kind, devices] <= sums[kind, devices] <= said[kind, devices] + slack, (kind, devices)
+
+
 MESHES = {
     "fsdp 8": MeshConfig(data=1, fsdp=8, tensor=1),
     "tensor 4": MeshConfig(data=2, fsdp=1, tensor=4),
@@ -105,6 +138,7 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
     mesh = MESHES[name]
     found = list(sent(program(small_decoder, mesh)))
     assert "rematerialization" not in capfd.readouterr().err
+    assert_as_planned(found, planned(small_decoder.config, mesh, mesh.data * mesh.fsdp))
     states = mesh.fsdp * mesh.sequence
     along_states = [one for one in found if one.devices == states > 1]
     total = Counter()
@@ -141,3 +175,10 @@ def test_a_step_sends_what_it_has_to(name: str, small_decoder: Decoder, capfd: p
     assert {one.kind for one in along_tensor} <= {"all-reduce"}
     activations = 64 * leaves["embedding"].shape[1] * 4
     assert sum(one.bytes for one in along_tensor) <= 1.1 * (2 + 2 + 5) * config.num_layers * activations
+
+
+def test_every_microbatch_sends_what_one_does(small_decoder: Decoder) -> None:
+    mesh = MESHES["fsdp 4, tensor 2"]
+    one, four = (planned(small_decoder.config, mesh, size) for size in (4, 16))
+    assert (one.microbatches, four.microbatches) == (1, 4)
+    assert collectives(one) == collectives(four)

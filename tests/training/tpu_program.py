@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxpo.batch import DeviceBatch, Example
 from jaxpo.config import OptimizerConfig
 from jaxpo.data.pack import Packing, pack
-from jaxpo.models import kept, product
+from jaxpo.models import kept
 from jaxpo.models.attention import choose
 from jaxpo.models.decoder import DecoderConfig, Rotary, abstract_decoder
 from jaxpo.objectives import DPO
@@ -51,8 +51,6 @@ CONFIG = DecoderConfig(
 
 
 def main(topology: str, fsdp: int, sequence: int, tensor: int, offload: bool) -> None:
-    # They go by the backend of the process, which is a CPU here.
-    kept.kept_as_integers = product.kept_as_integers = lambda x: False
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     mesh = Mesh(np.array(devices).reshape(-1, fsdp, sequence, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
     layout = Layout(mesh)
@@ -81,7 +79,8 @@ def main(topology: str, fsdp: int, sequence: int, tensor: int, offload: bool) ->
         for field, spec in zip(batch, layout.fields(batch), strict=True)
     ]
     step = jax.jit(make_train_step(DPO(), scorer, optimizer, Control()), donate_argnums=0)
-    compiled = step.lower(state, DeviceBatch(*fields)).compile()
+    with kept.made_for("tpu"):
+        compiled = step.lower(state, DeviceBatch(*fields)).compile()
     program = compiled.as_text() or ""
     memory: Any = compiled.memory_analysis()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program)}
