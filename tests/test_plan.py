@@ -56,7 +56,7 @@ def test_what_does_not_fit_does_with_the_change_that_is_advised(large: Path, pla
     found = plan(large, "--topology", "h100x8", "model.remat=none")
     assert found["verdict"] == "does not fit"
     assert found["peak_bytes"] > found["usable_bytes"]
-    assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert found["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     first = found["change_first"]
     again = plan(large, "--topology", "h100x8", "model.remat=none", *first["overrides"])
     assert again["verdict"] == "fits"
@@ -149,7 +149,10 @@ def test_the_screen_fits_the_terminal(
     ("arguments", "expected"),
     [
         (["--topology", "v9:2x2"], '--topology is "v9:2x2"; expected a kind of chip'),
-        (["--topology", "h100x8", "mesh.tensor=3"], "mesh is data=1, fsdp=-1, tensor=3, which cannot cover 8 devices"),
+        (
+            ["--topology", "h100x8", "mesh.tensor=3"],
+            "mesh is data=1, fsdp=-1, sequence=1, tensor=3, which cannot cover the 8 devices",
+        ),
         (["--topology", "h100x8", "--tokens-per-example", "9,9"], "and 1 completions; the objective dpo has 2 of them"),
         (["--topology", "h100x8", "--tokens-per-example", "9000,9,9"], "training.row_length is 4096, but example"),
         (["--topology", "h100x8", "model.attention=splash"], "model.attention splash cannot be used here"),

@@ -65,8 +65,9 @@ def _of_rows(step: Step) -> Iterator[Collective]:
     passes = forward_passes(step) + (run.model.remat != "none")
     yield Collective("all-gather", TOKENS, "keys and values", passes * size, waited_for=True)
     yield Collective("reduce-scatter", TOKENS, "their gradients", size, waited_for=True)
-    # Segment, branch and position.
-    yield Collective("all-gather", TOKENS, "what tokens belong to", forward_passes(step) * 3 * 4 * places)
+    # Segments and branches, and positions for a window of them.
+    fields = 2 if model.window is None else 3
+    yield Collective("all-gather", TOKENS, "what tokens belong to", forward_passes(step) * fields * 4 * places)
 
 
 def _of_activations(step: Step) -> Iterator[Collective]:
