@@ -151,7 +151,7 @@ def test_the_screen_fits_the_terminal(
         (["--topology", "v9:2x2"], '--topology is "v9:2x2"; expected a kind of chip'),
         (
             ["--topology", "h100x8", "mesh.tensor=3"],
-            "mesh is data=1, fsdp=-1, sequence=1, tensor=3, which cannot cover the 8 devices",
+            "sequence=1, tensor=3, which cannot cover the 8 devices",
         ),
         (["--topology", "h100x8", "--tokens-per-example", "9,9"], "and 1 completions; the objective dpo has 2 of them"),
         (["--topology", "h100x8", "--tokens-per-example", "9000,9,9"], "training.row_length is 4096, but example"),
