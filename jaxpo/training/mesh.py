@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpo.batch import DeviceBatch, HostBatch, PackedBatch
@@ -65,7 +66,28 @@ def axis_sizes(config: MeshConfig, devices: int, called: str) -> dict[str, int]:
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh over all devices: data x fsdp x sequence x tensor."""
     sizes = axis_sizes(config, jax.device_count(), f"{jax.default_backend()} device(s) here")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = near_each_other(tuple(sizes.values()), jax.devices())
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def near_each_other(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in axes of these sizes, such that along each of them a TPU's chips are near each other.
+
+    Slices of TPUs, which only a network joins, lie along `data`. Raises UserError where they cannot.
+    """
+    # Only TPUs of several slices have the attribute; GPUs of several hosts, too, but there any axis may go across.
+    tpus = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpus else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, *rest = sizes
+    if data % slices:
+        raise UserError(
+            f"mesh.data is {data} on {slices} slices of TPUs, of which each has copies of its own; expected a multiple "
+            f"of {slices}."
+        )
+    within, across = (data // slices, *rest), (slices, *(1 for _ in rest))
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
 
 
 def _of_axes(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:

@@ -1,5 +1,6 @@
 """The device mesh: how its axes are sized, and where parameters, batches and optimizer states lie on it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxpo.config import MeshConfig, OptimizerConfig
 from jaxpo.data.pack import Packing, pack
 from jaxpo.errors import UserError
 from jaxpo.models.decoder import Decoder, abstract_decoder, map_params
-from jaxpo.training.mesh import AXES, Layout, make_mesh
+from jaxpo.training.mesh import AXES, Layout, make_mesh, near_each_other
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import TrainState
 
@@ -49,6 +50,12 @@ def test_axes_that_do_not_cover_the_devices_are_an_error(sizes: tuple[int, int, 
         f"mesh is data={data}, fsdp={fsdp}, sequence=1, tensor={tensor}, which cannot cover the 8 cpu device(s) here: "
         "expected axes whose product is 8 (-1 takes the rest)."
     )
+
+
+def test_slices_of_tpus_have_copies_of_their_own() -> None:
+    devices = [SimpleNamespace(platform="tpu", slice_index=n // 4) for n in range(8)]
+    with pytest.raises(UserError, match=r"mesh\.data is 1 on 2 slices of TPUs, .* expected a multiple of 2"):
+        near_each_other((1, 8, 1, 1), devices)
 
 
 def test_rows_are_split_over_data_and_fsdp_and_their_tokens_along_the_sequence() -> None:

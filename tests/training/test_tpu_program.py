@@ -20,13 +20,39 @@ LIBTPU = os.environ.get("JAXPO_LIBTPU")
 needs_libtpu = pytest.mark.skipif(LIBTPU is None, reason="JAXPO_LIBTPU names no folder with libtpu")
 
 
-def compiled(*arguments: Any) -> dict[str, Any]:
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Python with libtpu beside a CPU."""
     path = os.pathsep.join(filter(None, [LIBTPU, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def compiled(*arguments: Any) -> dict[str, Any]:
+    done = run(str(PROGRAM), *map(str, arguments))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "slices", "sizes"),
+    [("v5p:4x4x4", 1, (2, 32, 1, 1)), ("v6e:4x4", 1, (1, 8, 1, 2)), ("v5e:4x4", 2, (4, 2, 2, 2))],
+)
+def test_any_mesh_has_a_place_on_a_torus(topology: str, slices: int, sizes: tuple[int, ...]) -> None:
+    """Also one of which an axis is no axis of the torus; slices lie along `data`."""
+    code = f"""
+from jax.experimental import topologies
+from jaxpo.training.mesh import near_each_other
+devices = topologies.get_topology_desc({topology!r}, platform="tpu", num_slices={slices}).devices
+found = near_each_other({sizes}, devices)
+assert found.shape == {sizes} and len(set(found.flat)) == len(devices)
+if {slices} > 1:
+    of_copies = [{{device.slice_index for device in copy.flat}} for copy in found]
+    assert of_copies == [{{0}}, {{0}}, {{1}}, {{1}}], of_copies
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @needs_libtpu

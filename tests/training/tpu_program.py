@@ -23,7 +23,7 @@ from jaxpo.models.decoder import DecoderConfig, Rotary, abstract_decoder
 from jaxpo.objectives import DPO
 from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.training.control import Control
-from jaxpo.training.mesh import AXES, Layout
+from jaxpo.training.mesh import AXES, Layout, near_each_other
 from jaxpo.training.offload import in_host_memory
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import TrainState, initial_carry, make_train_step
@@ -52,7 +52,8 @@ CONFIG = DecoderConfig(
 
 def main(topology: str, fsdp: int, sequence: int, tensor: int, offload: bool) -> None:
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    mesh = Mesh(np.array(devices).reshape(-1, fsdp, sequence, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
+    sizes = (len(devices) // (fsdp * sequence * tensor), fsdp, sequence, tensor)
+    mesh = Mesh(near_each_other(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     layout = Layout(mesh)
     packing = Packing(ROW, layout.batch_devices)
     scorer = Scorer(
