@@ -223,6 +223,8 @@ def _set_environment() -> None:
     cache = os.path.join(os.path.expanduser("~"), ".cache", "jaxpo", "xla")  # noqa: PTH111, PTH118 - see arguments.parser_of
     defaults = {
         "JAX_COMPILATION_CACHE_DIR": cache,
+        # Also the small programs: some dozens of them, compiled anew at each start, take a second.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         # Notes of XLA, gRPC and transformers ("PyTorch was not found …") that are no concern of the user's.
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "GRPC_VERBOSITY": "ERROR",
