@@ -93,7 +93,13 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
+        except Exception as error:  # orbax raises all kinds, Exception itself among them
+            raise UserError(
+                f"{self._folder} cannot be used for checkpoints: {reason(error)}. Expected a folder that can be "
+                "written; what is saved in it is left as it was."
+            ) from error
         for record in read(run_folder):
             step = int(record["step"] or 0)
             # What a run did after its last checkpoint it does again.
