@@ -91,7 +91,7 @@ def test_what_one_setting_saved_another_goes_on_with(
 ) -> None:
     run = runs[saved, on]
     cluster.assert_same_run(run, alone)
-    # Up to the step that was saved nothing is trained again: the lines are those of the run that saved it, clock and all.
+    # Nothing is trained again up to the step that was saved: the lines are those of that run, clock and all.
     ours, theirs = cluster.records(run), cluster.records(runs[saved, "itself, never stopped"])
     earlier = [record["step"] <= STEP for record in theirs]
     assert sum(earlier) == STEP + 1
