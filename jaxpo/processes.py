@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -200,6 +200,23 @@ def each(value: float) -> np.ndarray:
     if not several():
         return mine.reshape(1)
     return np.asarray(multihost_utils.process_allgather(bits)).view(np.float64).reshape(-1)
+
+
+def merged(mine: np.ndarray) -> np.ndarray:
+    """The sum of what each process has, an array of the same shape and dtype on all of them."""
+    if not several():
+        return mine
+    return np.asarray(multihost_utils.process_allgather(mine)).sum(axis=0, dtype=mine.dtype)
+
+
+def share(sizes: Sequence[int]) -> list[int]:
+    """Which of many pieces of work, by their sizes, are this process's: a run of them, about as much as the others'."""
+    if not several():
+        return list(range(len(sizes)))
+    total = max(sum(sizes), 1)
+    middles = np.cumsum(sizes) - np.asarray(sizes) / 2
+    owners = np.minimum(middles * jax.process_count() // total, jax.process_count() - 1)
+    return [i for i, owner in enumerate(owners) if owner == jax.process_index()]
 
 
 def whole(array: jax.Array) -> np.ndarray:

@@ -26,8 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,8 @@ MOUNTING = {"full disk", "read-only folder", "full disk of two"}
 class Campaign:
     """The undisturbed runs, each made when it is first needed, and the trials against them."""
 
-    def __init__(self, folder: Path, keep: Path | None) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, variants: Collection[str], keep: Path | None) -> None:
+        self._folder, self._variants, self._keep = folder, variants, keep
         self._wholes: dict[str, Whole] = {}
         make = "import sys; from pathlib import Path; from conftest import make_tiny; make_tiny(Path(sys.argv[1]))"
         self._tiny = folder / "tiny"
@@ -110,13 +109,12 @@ class Campaign:
         return Trainee(self._folder / name, self._tiny / "dpo.yaml", given.changes, given.processes)
 
     def whole(self, variant: str) -> Whole:
-        """The undisturbed run; a second one, which compiles nothing, tells how long it takes."""
+        """The undisturbed run."""
         if variant not in self._wholes:
-            for name in (f"{variant}-first", f"{variant}-undisturbed"):
-                trainee = self.trainee(name, variant)
-                ended = trainee.to_its_end({0: ("rename", "0", "0")})
-                if not ended.good:
-                    raise SystemExit(f"the undisturbed run of {variant} ended with {ended.codes}:\n{ended.printed[0]}")
+            trainee = self.trainee(f"{variant}-undisturbed", variant)
+            ended = trainee.to_its_end({0: ("rename", "0", "0")})
+            if not ended.good:
+                raise SystemExit(f"the undisturbed run of {variant} ended with {ended.codes}:\n{ended.printed[0]}")
             claimed = (trainee.run / "config.yaml").stat().st_mtime
             places = {place: of(trainee) for place, of in kinds.PLACES.items()}
             self._wholes[variant] = Whole(
@@ -131,7 +129,7 @@ class Campaign:
         """One fault and what came of it."""
         draw = random.Random(f"{seed}/{number}/{kind}")
         make, variants = KINDS[kind]
-        variant = draw.choice(variants)
+        variant = draw.choice([name for name in variants if name in self._variants])
         whole = self.whole(variant)
         fault = make(draw, whole)
         trainee = self.trainee(f"run-{number}", variant)
@@ -263,17 +261,15 @@ def used(folder: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
-def schedule(seed: int, runs: int, only: list[str], may_mount: bool) -> list[str]:
+def schedule(seed: int, runs: int, only: set[str], variants: set[str], may_mount: bool) -> list[str]:
     """The kind of each run: all of them in an order of the seed's, again and again."""
-    names = [name for name in KINDS if (not only or name in only) and (may_mount or name not in MOUNTING)]
+    names = [
+        name
+        for name, (_, of) in KINDS.items()
+        if name in only and not variants.isdisjoint(of) and (may_mount or name not in MOUNTING)
+    ]
     random.Random(seed).shuffle(names)
     return [names[number % len(names)] for number in range(runs)]
-
-
-@contextmanager
-def workshop(keep: Path | None) -> Iterator[Campaign]:
-    with tempfile.TemporaryDirectory(prefix="jaxpo-campaign-") as name:
-        yield Campaign(Path(name).resolve(), keep)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -290,11 +286,13 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=len(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="OUT.json")
-    parser.add_argument("--only", action="append", default=[], choices=[*KINDS], help="kinds of faults (default: all)")
+    parser.add_argument("--only", action="append", choices=[*KINDS], help="a kind of fault (default: all)")
+    parser.add_argument("--variant", action="append", choices=[*VARIANTS], help="a kind of run (default: all)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the folders of lost runs go")
     arguments = parser.parse_args()
     may_mount = os.environ.get(MAY_MOUNT) == "yes"
-    wanted = schedule(arguments.seed, arguments.runs, arguments.only, may_mount)
+    variants = {*(arguments.variant or VARIANTS)}
+    wanted = schedule(arguments.seed, arguments.runs, {*(arguments.only or KINDS)}, variants, may_mount)
     results: list[dict[str, Any]] = []
     if arguments.json.exists():
         before = json.loads(arguments.json.read_text(encoding="utf-8"))
@@ -303,7 +301,8 @@ def main() -> int:
     done = {one["run"] for one in results}
     if not may_mount:
         print("no mounts can be made here: without full disks and read-only folders", flush=True)
-    with workshop(arguments.keep) as campaign:
+    with tempfile.TemporaryDirectory(prefix="jaxpo-campaign-") as name:
+        campaign = Campaign(Path(name).resolve(), variants, arguments.keep)
         for number, kind in enumerate(wanted):
             if number in done:
                 continue
