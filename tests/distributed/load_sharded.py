@@ -5,8 +5,8 @@
 Makes a random checkpoint of so many gigabytes (bfloat16, several files) in a temporary folder, and loads it on a mesh
 of `fsdp` over four processes of one device each. Told for each process, in bytes: `share`, what it is to hold of the
 checkpoint; `read`, the pages of the checkpoint's files that it has touched, as /proc/self/smaps counts them while all
-that was mapped is kept mapped; `hashed`, what it has read for the fingerprint of the weights; `peak`, the most memory of
-its own that it has had in loading (without the files' pages) above what it had before. And the seconds of loading.
+that was mapped is kept mapped; `hashed`, what it has read for the fingerprint of the weights; `peak`, the most memory
+of its own that it has had in loading (without the files' pages) above what it had before. And the seconds of loading.
 """
 
 import argparse

@@ -21,6 +21,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,8 +99,11 @@ class Campaign:
     def __init__(self, folder: Path, variants: Collection[str], keep: Path | None) -> None:
         self._folder, self._variants, self._keep = folder, variants, keep
         self._wholes: dict[str, Whole] = {}
-        make = "import sys; from pathlib import Path; from conftest import make_tiny; make_tiny(Path(sys.argv[1]))"
         self._tiny = folder / "tiny"
+
+    def make_tiny(self) -> None:
+        """What all runs start from."""
+        make = "import sys; from pathlib import Path; from conftest import make_tiny; make_tiny(Path(sys.argv[1]))"
         self._tiny.mkdir()
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
         subprocess.run([sys.executable, "-c", make, self._tiny], env=os.environ | paths, check=True)
@@ -178,7 +182,7 @@ class Trial:
         self.why = self._wrong_at_first(ended)
         if self.why is None and ended.told is not None:
             self._do_as_told(ended.told)
-        if self.why is None and not (ended.good and trainee.processes > 1):
+        if self.why is None:
             done = self._fault.damage(trainee)
             self._fault.detail += f": {done}" if done else ""
         for _ in range(MOST_STARTS):
@@ -209,8 +213,12 @@ class Trial:
             return "a traceback"
         if TERMINATED in ended.codes and max(trainee.logged(), default=0) > max(trainee.saved(), default=0):
             return f"SIGTERM saved {trainee.saved()}, and the last line is of step {trainee.logged()[-1]}"
-        if ended.told is None and not ended.good and all(code is not None and code > 2 for code in ended.codes):
-            return None if set(ended.codes) == {TERMINATED} else f"exit codes {ended.codes}"
+        expected = {0, TERMINATED, -signal.SIGKILL, -signal.SIGTERM}
+        if -signal.SIGKILL in ended.codes:
+            # Of the other one, which ends for it cannot go on alone.
+            expected.add(1)
+        if ended.told is None and not set(ended.codes) <= expected:
+            return f"exit codes {ended.codes}"
         return None
 
     def _wrong_at_last(self, ended: Ended, saved: list[int], chunks: dict[Path, int]) -> str | None:
@@ -242,7 +250,7 @@ class Trial:
             path.write_bytes(b"".join(text[: number - 1] + text[number:]))
         elif found := re.search(r"(\S+) is damaged: .*[Mm]ove (?:it|the file) away", message):
             self._own(found[1]).unlink()
-        elif re.search(r"written|cannot be used|cannot be kept", message):
+        elif re.search(r"written|cannot be used|cannot be kept|is a file; expected a folder", message):
             self._fault.undo(self._trainee)
             self._fault.undo = lambda trainee: None
         else:
@@ -299,13 +307,14 @@ def main() -> int:
         if before["seed"] == arguments.seed:
             results = [one for one in before["each"] if wanted[one["run"] : one["run"] + 1] == [one["fault"]]]
     done = {one["run"] for one in results}
+    left = [(number, kind) for number, kind in enumerate(wanted) if number not in done]
     if not may_mount:
         print("no mounts can be made here: without full disks and read-only folders", flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpo-campaign-") as name:
         campaign = Campaign(Path(name).resolve(), variants, arguments.keep)
-        for number, kind in enumerate(wanted):
-            if number in done:
-                continue
+        if left:
+            campaign.make_tiny()
+        for number, kind in left:
             one = campaign.trial(number, arguments.seed, kind)
             results.append(one)
             print(
