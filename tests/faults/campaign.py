@@ -244,11 +244,7 @@ class Trial:
                 shutil.rmtree(self._own(folder))
         elif found := re.search(r"Delete the folder (\S+)|checkpoint (\S+) cannot be read: .*delete it", message):
             shutil.rmtree(self._own(found[1] or found[2]))
-        elif found := re.search(r"(\S+):(\d+) is damaged: .*[Dd]elete that line", message):
-            path, number = self._own(found[1]), int(found[2])
-            text = path.read_bytes().splitlines(keepends=True)
-            path.write_bytes(b"".join(text[: number - 1] + text[number:]))
-        elif found := re.search(r"(\S+) is damaged: .*[Mm]ove (?:it|the file) away", message):
+        elif found := re.search(r"(\S+?)(?::\d+)? is damaged: .*[Mm]ove (?:it|the file) away", message):
             self._own(found[1]).unlink()
         elif re.search(r"written|cannot be used|cannot be kept|is a file; expected a folder", message):
             self._fault.undo(self._trainee)
