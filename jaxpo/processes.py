@@ -8,6 +8,7 @@ with its message, wherever they are waiting.
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,6 +35,11 @@ FAILURE = "jaxpo/failure"
 TO_BE_READ = 3.0
 # The calls of `stop_signal`'s function, over all stages: jax asks for numbers that only grow.
 _calls = itertools.count(1)
+# How collectives and jax's service say that a process is gone.
+SILENT = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket closed|heartbeat|unavailable|deadline.exceeded",
+    re.IGNORECASE,
+)
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Schedulers that tell each process which one it is: how many there are says which variable. jax reads the rest.
 SCHEDULERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -141,10 +147,25 @@ def joined(where: Place | None) -> Iterator[None]:
         if several():
             # What fails here may do so because another process has ended, whose message then ends this one meanwhile.
             time.sleep(2 * TO_BE_READ)
+            if (said := silence(error)) is not None:
+                fail(
+                    f"another process has ended and left no message: it was killed, or its machine is lost ({said}). "
+                    "The same command, given to all of them again, goes on from what is saved.",
+                    1,
+                )
             traceback.print_exc()
             fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}", 1)
         raise
     _part(listener)
+
+
+def silence(error: BaseException) -> str | None:
+    """What jax says of another process that does not answer any more, in a line; None where an error is another one."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    said = (" ".join(str(one).split()) for one in causes if isinstance(one, jax.errors.JaxRuntimeError))
+    return next((text[:200] for text in said if SILENT.search(text)), None)
 
 
 def several() -> bool:
