@@ -164,10 +164,14 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax raises all kinds, Exception itself among them
             last = self.latest()
-            there = "No checkpoint was saved yet" if last is None else f"The last good checkpoint is {self.path(last)}"
+            there = (
+                "No checkpoint was saved yet; the same command begins anew"
+                if last is None
+                else f"The last good checkpoint is {self.path(last)}; the same command goes on from there"
+            )
             raise UserError(
-                f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there}; the same command goes "
-                "on from there once the folder can be written to again."
+                f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there} once the folder can be "
+                "written to again."
             ) from error
 
     def __enter__(self) -> "Checkpoints":

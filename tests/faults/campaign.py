@@ -215,8 +215,8 @@ class Trial:
             return f"SIGTERM saved {trainee.saved()}, and the last line is of step {trainee.logged()[-1]}"
         expected = {0, TERMINATED, -signal.SIGKILL, -signal.SIGTERM}
         if -signal.SIGKILL in ended.codes:
-            # Of the other one, which ends for it cannot go on alone.
-            expected.add(1)
+            # Of the other one, which cannot go on alone. jax itself aborts a process whose first one is gone.
+            expected |= {1, -signal.SIGABRT} if ended.codes[0] == -signal.SIGKILL else {1}
         if ended.told is None and not set(ended.codes) <= expected:
             return f"exit codes {ended.codes}"
         return None
