@@ -453,7 +453,8 @@ def _set_environment() -> None:
 def _quieten() -> None:
     """Leave it to UserErrors to tell what goes wrong with a checkpoint: orbax and asyncio would too, with tracebacks.
 
-    Orbax logs as an error what it raises; a failing write on a full disk it logs once for each of its threads. When one of orbax's many reads fails, the others are given up; each reports then that nobody waits for it any more.
+    Orbax logs as an error what it raises, once for each of its threads that a full disk stops. When one of its many
+    reads fails, the others are given up; each reports then that nobody waits for it any more.
     """
     import logging
 

@@ -294,6 +294,8 @@ def main() -> int:
     parser.add_argument("--variant", action="append", choices=[*VARIANTS], help="a kind of run (default: all)")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where the folders of lost runs go")
     arguments = parser.parse_args()
+    # So that what was started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     may_mount = os.environ.get(MAY_MOUNT) == "yes"
     variants = {*(arguments.variant or VARIANTS)}
     wanted = schedule(arguments.seed, arguments.runs, {*(arguments.only or KINDS)}, variants, may_mount)

@@ -130,7 +130,11 @@ class Trainee:
 
     def to_its_end(self, dying: Mapping[int, Sequence[str]] = MappingProxyType({})) -> Ended:
         since = time.monotonic()
-        return self.end(self.start(dying), since)
+        started = self.start(dying)
+        try:
+            return self.end(started, since)
+        finally:
+            end_all(started)
 
     def signalled(self, what: signal.Signals, who: Sequence[int], moment: Callable[["Trainee"], bool]) -> Ended:
         """A start in which these processes get a signal, once `moment` has come."""
