@@ -94,6 +94,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         try:
+            # Of a file in its place orbax would tell at the first write.
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
         except Exception as error:  # orbax raises all kinds, Exception itself among them
             raise UserError(
