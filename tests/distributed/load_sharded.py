@@ -2,7 +2,7 @@
 
     python tests/distributed/load_sharded.py --gigabytes 2 --json OUT.json
 
-Makes a random checkpoint of so many gigabytes (bfloat16, several files) in a temporary folder, and loads it on a mesh
+Makes a random checkpoint of so many gigabytes (bfloat16, several files) in a folder in memory, and loads it on a mesh
 of `fsdp` over four processes of one device each. Told for each process, in bytes: `share`, what it is to hold of the
 checkpoint; `read`, the pages of the checkpoint's files that it has touched, as /proc/self/smaps counts them while all
 that was mapped is kept mapped; `hashed`, what it has read for the fingerprint of the weights; `peak`, the most memory
@@ -34,6 +34,9 @@ from jaxpo.reference.fingerprint import weights_fingerprint
 from jaxpo.training.mesh import Layout, make_mesh
 
 PROCESSES = 4
+# In memory, where each page of a file is one by itself: of other files the system maps all of what its cache holds as
+# one, up to 2 MiB, when a byte of it is touched.
+MEMORY = Path("/dev/shm")
 PLACE = ("--coordinator", "--processes", "--process")
 
 
@@ -144,7 +147,9 @@ def measured(folder: Path, logs: Path) -> list[dict[str, Any]]:
     outs = [logs / f"{n}.json" for n in range(PROCESSES)]
     differing = {n: ("--measure", str(out)) for n, out in enumerate(outs)}
     program = (str(Path(__file__)), "--folder", str(folder))
-    cluster.run(logs, PROCESSES, 1, program=program, differing=differing)
+    found = cluster.ended(logs, cluster.start(logs, PROCESSES, 1, program=program, differing=differing))
+    if any(one.code != 0 for one in found):
+        raise SystemExit("\n---\n".join(one.printed for one in found))
     return [json.loads(out.read_text()) for out in outs]
 
 
@@ -162,7 +167,7 @@ def main() -> int:
         with processes.joined(place):
             measure(given["folder"], given["measure"])
         return 0
-    with tempfile.TemporaryDirectory(prefix="load-sharded-") as name:
+    with tempfile.TemporaryDirectory(prefix="load-sharded-", dir=MEMORY) as name:
         folder = Path(name) / "model"
         make(folder, int(given["gigabytes"] * 1e9))
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
