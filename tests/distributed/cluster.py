@@ -86,10 +86,15 @@ def ended(logs: Path, started: Sequence["subprocess.Popen[bytes]"], timeout: flo
 
 
 def run(
-    logs: Path, processes: int, devices: int, *arguments: str, program: Sequence[str] = ("-m", "jaxpo.launch")
+    logs: Path,
+    processes: int,
+    devices: int,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "jaxpo.launch"),
+    timeout: float = TIMEOUT,
 ) -> list[Ended]:
     """All of them to a good end."""
-    found = ended(logs, start(logs, processes, devices, *arguments, program=program))
+    found = ended(logs, start(logs, processes, devices, *arguments, program=program), timeout)
     assert [one.code for one in found] == [0] * processes, "\n---\n".join(one.printed for one in found)
     return found
 

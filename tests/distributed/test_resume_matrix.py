@@ -63,7 +63,8 @@ def runs(alone: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> M
         listed = folder / f"{name.replace(' ', '-')}.json"
         listed.write_text(json.dumps(runs))
         logs = folder / f"logs-{name.replace(' ', '-')}"
-        cluster.run(logs, setting.processes, setting.devices, str(listed), program=(str(DRIVER),))
+        program, timeout = (str(DRIVER),), len(runs) * cluster.TIMEOUT
+        cluster.run(logs, setting.processes, setting.devices, str(listed), program=program, timeout=timeout)
 
     for name in HERE:
         train(name, described(saved[name], SETTINGS[name], None))

@@ -215,8 +215,9 @@ class Trial:
             return f"SIGTERM saved {trainee.saved()}, and the last line is of step {trainee.logged()[-1]}"
         expected = {0, TERMINATED, -signal.SIGKILL, -signal.SIGTERM}
         if -signal.SIGKILL in ended.codes:
-            # Of the other one, which cannot go on alone. jax itself aborts a process whose first one is gone.
-            expected |= {1, -signal.SIGABRT} if ended.codes[0] == -signal.SIGKILL else {1}
+            # Of the other one, which cannot go on alone. jax itself aborts it where its service is the first to notice.
+            aborted = any("JAX distributed service detected fatal errors" in text for text in ended.printed)
+            expected |= {1, -signal.SIGABRT} if aborted else {1}
         if ended.told is None and not set(ended.codes) <= expected:
             return f"exit codes {ended.codes}"
         return None
