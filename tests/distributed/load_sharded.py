@@ -106,8 +106,8 @@ def measure(folder: Path, out: Path) -> None:
     mapped: list[np.ndarray] = []
     read = safetensors_files.SafetensorsTensor.read
 
-    def kept(tensor: safetensors_files.SafetensorsTensor) -> np.ndarray:
-        mapped.append(read(tensor))
+    def kept(self: safetensors_files.SafetensorsTensor) -> np.ndarray:
+        mapped.append(read(self))
         return mapped[-1]
 
     safetensors_files.SafetensorsTensor.read = kept

@@ -137,9 +137,9 @@ class Campaign:
         whole = self.whole(variant)
         fault = make(draw, whole)
         trainee = self.trainee(f"run-{number}", variant)
+        trial = Trial(trainee, whole, fault, draw)
         since = time.monotonic()
         try:
-            trial = Trial(trainee, whole, fault, draw)
             trial.go()
         finally:
             for of in kinds.PLACES.values():
