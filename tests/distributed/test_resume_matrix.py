@@ -14,6 +14,7 @@ from jaxpo.evaluation import plots
 
 DRIVER = Path(__file__).with_name("train_each.py")
 STEP = 4
+ONLY_TRAINS = ("data.eval=[]", "training.eval_every=null")
 NEVER_STOPPED = "itself, never stopped"
 
 
@@ -50,7 +51,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[
             f"output_dir={to}",
             f"reference.cache_dir={folder}/reference",
             f"mesh={setting.mesh}",
-            "data.eval=[]",
+            *ONLY_TRAINS,
         )
         return {
             "config": str(tiny / "dpo.yaml"),
