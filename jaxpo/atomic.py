@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, whatever kills the process."""
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -48,6 +49,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Take away the files that writers in the folder left when they were killed; nobody may be writing there."""
+    for path in folder.iterdir():
+        if re.fullmatch(r"\..+\.\d+\.[0-9a-f]{8}", path.name):
+            path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

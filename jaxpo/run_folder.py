@@ -66,6 +66,7 @@ def claim(folder: Path, run: Run) -> Iterator[None]:
                     f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
                 ) from None
             check_same_run(folder, run)
+            atomic.remove_unfinished(folder)
             atomic.write_text(folder / CONFIG, config_file.dump(run))
         check_shared(folder)
         yield

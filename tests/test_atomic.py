@@ -112,3 +112,16 @@ def test_a_folder_s_files_last_before_it_has_its_name(tmp_path: Path, monkeypatc
         (new / "deep" / "file").write_text("one")
         (new / "file").write_text("two")
     assert synced == [tmp_path.stat().st_ino]
+
+
+def test_unfinished_files_of_a_killed_writer_are_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names that `new_file` gives, and no others."""
+    for name in ("a", ".a", ".a.1", ".hidden.json", ".lock", ".a.new-12345678"):
+        (tmp_path / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt), atomic.new_file(tmp_path / "metrics.jsonl"):
+            raise KeyboardInterrupt
+    assert len(names(tmp_path)) == 7
+    atomic.remove_unfinished(tmp_path)
+    assert names(tmp_path) == [".a", ".a.1", ".a.new-12345678", ".hidden.json", ".lock", "a"]

@@ -144,10 +144,10 @@ class Campaign:
         finally:
             for of in kinds.PLACES.values():
                 for folder in (of(trainee) / "checkpoints", of(trainee)):
-                    if os.path.ismount(folder):
-                        if self._keep is not None and trial.why:
-                            shutil.copytree(folder, self._keep / f"run-{number}" / "mounted" / folder.name)
-                        kinds.unmount(folder)
+                    if self._keep is not None and trial.why and folder.is_dir():
+                        shutil.copytree(folder, self._keep / f"run-{number}" / "mounted" / folder.name)
+                    # Nothing tells a folder from one that is mounted on itself.
+                    kinds.unmount(folder)
         if trial.why and self._keep is not None:
             shutil.copytree(trainee.folder, self._keep / f"run-{number}", dirs_exist_ok=True)
         shutil.rmtree(trainee.folder)
