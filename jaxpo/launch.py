@@ -237,13 +237,14 @@ def _set_environment() -> None:
 
 
 def _quieten() -> None:
-    """Leave it to UserErrors to tell what goes wrong in a read: orbax and asyncio would tell it too, with tracebacks.
+    """Leave it to UserErrors to tell what goes wrong with a checkpoint: orbax and asyncio would too, with tracebacks.
 
-    When one of orbax's many reads fails, the others are given up; each reports then that nobody waits for it any more.
+    Orbax logs as an error what it raises, once for each of its threads that a full disk stops. When one of its many
+    reads fails, the others are given up; each reports then that nobody waits for it any more.
     """
     import logging
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     others = sys.unraisablehook
 

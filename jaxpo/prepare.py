@@ -359,7 +359,7 @@ def weights_of(run: Run, checkpoint: Checkpoint) -> str:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"reference.cache_dir {cache_dir} cannot be used: {error}.") from error
-    return processes.same(lambda: weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json"))
+    return weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
 
 
 def at_stage(run: Run, folder: Path) -> Run:

@@ -8,12 +8,13 @@ with its message, wherever they are waiting.
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +35,11 @@ FAILURE = "jaxpo/failure"
 TO_BE_READ = 3.0
 # The calls of `stop_signal`'s function, over all stages: jax asks for numbers that only grow.
 _calls = itertools.count(1)
+# How collectives and jax's service say that a process is gone.
+SILENT = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket closed|heartbeat|unavailable|deadline.exceeded",
+    re.IGNORECASE,
+)
 ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Schedulers that tell each process which one it is: how many there are says which variable. jax reads the rest.
 SCHEDULERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -141,10 +147,25 @@ def joined(where: Place | None) -> Iterator[None]:
         if several():
             # What fails here may do so because another process has ended, whose message then ends this one meanwhile.
             time.sleep(2 * TO_BE_READ)
+            if (said := silence(error)) is not None:
+                fail(
+                    f"another process has ended and left no message: it was killed, or its machine is lost ({said}). "
+                    "The same command, given to all of them again, goes on from what is saved.",
+                    1,
+                )
             traceback.print_exc()
             fail(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}", 1)
         raise
     _part(listener)
+
+
+def silence(error: BaseException) -> str | None:
+    """What jax says of another process that does not answer any more, in a line; None where an error is another one."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    said = (" ".join(str(one).split()) for one in causes if isinstance(one, jax.errors.JaxRuntimeError))
+    return next((text[:200] for text in said if SILENT.search(text)), None)
 
 
 def several() -> bool:
@@ -200,6 +221,23 @@ def each(value: float) -> np.ndarray:
     if not several():
         return mine.reshape(1)
     return np.asarray(multihost_utils.process_allgather(bits)).view(np.float64).reshape(-1)
+
+
+def merged(mine: np.ndarray) -> np.ndarray:
+    """The sum of what each process has, an array of the same shape and dtype on all of them."""
+    if not several():
+        return mine
+    return np.asarray(multihost_utils.process_allgather(mine)).sum(axis=0, dtype=mine.dtype)
+
+
+def share(sizes: Sequence[int]) -> list[int]:
+    """Which of many pieces of work, by their sizes, are this process's: a run of them, about as much as the others'."""
+    if not several():
+        return list(range(len(sizes)))
+    total = max(sum(sizes), 1)
+    middles = np.cumsum(sizes) - np.asarray(sizes) / 2
+    owners = np.minimum(middles * jax.process_count() // total, jax.process_count() - 1)
+    return [i for i, owner in enumerate(owners) if owner == jax.process_index()]
 
 
 def whole(array: jax.Array) -> np.ndarray:

@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -189,6 +189,10 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     control = Control(run.control.adaptive_beta)
     abstract = abstract_state(run, config, parts.layout, optimizer, control)
     sync = make_sync(parts)
+    # A resumed run makes up for answers whose file was moved away.
+    if not first or processes.same(lambda: "before" not in read_samples(folder / SAMPLES)):
+        with progress.timed("samples"):
+            sample(parts, folder, initial, "before")
     if first:
         loaded.clear()
         at_start = Reference(table.train, abstract.decoder if is_averaged(run) else None)
@@ -211,16 +215,16 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
                 for name, value in initial_carry(run.objective, control).items()
             },
         )
-        with progress.timed("samples"):
-            sample(parts, folder, state.decoder, "before")
-
     evaluate = None
     if parts.eval is not None:
         step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
         evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
     # What the last process wrote after its last checkpoint is taken away before it is read.
-    sinks = metrics.open_sinks(run, folder, first) if processes.is_first() else []
+    sinks = metrics.open_sinks(run, folder, first, progress.lines, progress.line) if processes.is_first() else []
     records = processes.same(lambda: metrics.read(folder))
+    progress.lines = len(records)
+    if progress.line:
+        checkpoints.rank(int(progress.line["step"] or 0), progress.line)
     work = Loop(
         config=training,
         control=run.control,
@@ -287,7 +291,7 @@ def abstract_state(
     return state._replace(optimizer=in_host_memory(state.optimizer)) if run.optimizer.offload else state
 
 
-def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
+def sample(parts: Parts, folder: Path, decoder: Callable[[], Decoder], when: str) -> None:
     """Greedy answers to the first held-out prompts, into samples.json under `when`."""
     run = parts.run
     corpus = parts.eval or parts.train
@@ -297,7 +301,7 @@ def sample(parts: Parts, folder: Path, decoder: Decoder, when: str) -> None:
     if not prompts:
         return
     ends = end_ids(run, parts.checkpoint, parts.tokenizer)
-    answers = greedy(decoder, prompts, run.samples.max_new_tokens, ends, run.model.compute_dtype)
+    answers = greedy(decoder(), prompts, run.samples.max_new_tokens, ends, run.model.compute_dtype)
     if not processes.is_first():
         return
     path = folder / SAMPLES
@@ -330,7 +334,7 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
     records = processes.same(lambda: metrics.read(folder))
     before, after = held_out(records, 0), held_out(records, step)
     with progress.timed("samples"):
-        sample(parts, folder, decoder, "after")
+        sample(parts, folder, lambda: decoder, "after")
     if processes.is_first():
         with progress.timed("plots"):
             plots.write(records, folder / "plots")
@@ -352,6 +356,8 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
         "seconds": {stage: round(seconds, 3) for stage, seconds in sorted(progress.seconds.items())},
     }
     if processes.is_first():
+        report.write_samples(folder)
+        # With this the run is finished: whatever is to be written comes before it.
         atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1))
         report.show(folder, summary)
     processes.wait(f"{folder} is finished")

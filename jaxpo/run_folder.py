@@ -55,22 +55,41 @@ FREE = (
 
 @contextmanager
 def claim(folder: Path, run: Run) -> Iterator[None]:
-    """Hold the run's folder against other processes, and see that what is in it belongs to this run."""
+    """Hold the run's folder against other processes, and see that what is in it belongs to this run.
+
+    UserError where the file system refuses anything in it, now or in the block.
+    """
     with ExitStack() as stack:
+        stack.enter_context(usable(folder))
         if processes.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(folder / ".lock", timeout=0))
-                check_same_run(folder, run)
-                atomic.write_text(folder / CONFIG, config_file.dump(run))
             except Timeout:
                 raise UserError(
                     f"output_dir {folder} is in use by another jaxpo process; expected a folder of its own."
                 ) from None
-            except OSError as error:
-                raise UserError(f"output_dir {folder} cannot be used: {error}.") from error
+            check_same_run(folder, run)
+            atomic.remove_unfinished(folder)
+            atomic.write_text(folder / CONFIG, config_file.dump(run))
         check_shared(folder)
         yield
+
+
+@contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """UserError for what the file system refuses in the run's folder, be it full, read-only or gone."""
+    try:
+        yield
+    except OSError as error:
+        # Of other files others tell, and stdout has no name.
+        path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes | os.PathLike) else None
+        if path is None or not (path.is_relative_to(folder) or folder.is_relative_to(path)):
+            raise
+        raise UserError(
+            f"output_dir {folder} cannot be used: {error}. Once it can be written to, the same command goes on from "
+            "what is saved there."
+        ) from error
 
 
 def check_shared(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The course of whole runs on a tiny model: what a run leaves behind, when it goes on, when it refuses."""
 
+import errno
 import gc
 import json
 import math
@@ -24,7 +25,7 @@ from jaxpo import config_file, conversion, launch, run
 from jaxpo.config import Run
 from jaxpo.data.templates import TEMPLATES
 from jaxpo.errors import UserError
-from jaxpo.evaluation import plots
+from jaxpo.evaluation import plots, report
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.training import loop
@@ -788,3 +789,64 @@ def assert_copies(live: dict[str, list[Any]], expected: int) -> None:
             assert set(copies.values()) == {expected}, (where, copies)
             least = expected * params
             assert least < total < least + 2 * batch + 0.1 * params, (where, total, params, batch)
+
+
+# A disk that takes nothing more
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    configured: Callable[..., Run], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Full once for each of these files, in the order in which a run writes them."""
+    fsync, filling = os.fsync, ["config.yaml", "inputs.json", "samples.json", "metrics.jsonl", "plots/", "summary.json"]
+
+    def full(file: int) -> None:
+        if filling and filling[0] in str(Path(f"/proc/self/fd/{file}").readlink()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    one = configured("dpo", *SAMPLES)
+    while filling:
+        expected = f"^output_dir {tmp_path}/run cannot be used: .*No space left.*{filling[0]}.*the same command goes on"
+        with pytest.raises(UserError, match=expected):
+            run.train(one)
+        filling.pop(0)
+    out = run.train(one)
+    assert_equal_weights(out, finished)
+    assert [r.get("loss") for r in records(out)] == [r.get("loss") for r in records(finished)]
+
+
+def test_all_is_written_before_the_summary_says_so(train: Train, finished: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a run that is killed as it prints its report leaves is whole."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "show", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train("dpo", *SAMPLES)
+    out = train("dpo", *SAMPLES)
+    assert (out / "samples.md").read_bytes() == (finished / "samples.md").read_bytes()
+
+
+def test_a_resumed_run_makes_up_for_answers_whose_file_is_gone(train: Train, finished: Path, tmp_path: Path):
+    stop(train, 3, *SAMPLES)
+    (tmp_path / "run" / "samples.json").unlink()
+    out = train("dpo", *SAMPLES)
+    assert (out / "samples.json").read_bytes() == (finished / "samples.json").read_bytes()
+    assert_equal_weights(out, finished)
+
+
+@pytest.mark.parametrize("lost", ["the last line", "a line before"])
+def test_a_line_that_was_lost_is_put_back_or_told(lost: str, train: Train, finished: Path, tmp_path: Path):
+    stop(train, 4)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    del lines[-1 if lost == "the last line" else -2]
+    path.write_text("".join(lines))
+    if lost == "a line before":
+        with pytest.raises(UserError, match=f"^{path} is damaged: it held 5 lines up to step 4 .* it holds 4"):
+            train("dpo")
+        return
+    assert [r.get("loss") for r in records(train("dpo"))] == [r.get("loss") for r in records(finished)]

@@ -7,13 +7,14 @@ names the file and the line.
 import gzip
 import hashlib
 import json
-import os
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+from jaxpo import atomic
+from jaxpo.console import warn
 from jaxpo.errors import UserError
 
 Row = dict[str, Any]
@@ -101,10 +102,11 @@ class FileHashes:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if time.time() - max(status.st_mtime, status.st_ctime) > SETTLED_SECONDS:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            draft = memo.with_suffix(f".{os.getpid()}")
-            draft.write_text(digest)
-            draft.replace(memo)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                atomic.write_text(memo, digest)
+            except OSError as error:
+                warn(f"{memo}: cannot remember the hash of {path}, the next run hashes again: {error.strerror}")
         return digest
 
 

@@ -5,13 +5,15 @@ Worker processes import this module; it needs neither jax nor torch.
 
 import os
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from jaxpo.data.files import Row, Where
 from jaxpo.data.formats import Drop, Reading, excerpt, parse
 from jaxpo.data.readers import Preference
 from jaxpo.data.record import Record
+from jaxpo.errors import UserError
 
 CHUNK_ROWS = 256
 # Fewer rows than this are done sooner by the threads of tokenizers than by processes, which take a second to start.
@@ -151,6 +154,12 @@ def tokenise(rows: Iterator[tuple[Where, Row]], tokeniser: Tokeniser, workers: i
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"data.workers: one of the {workers} processes that tokenise was killed, for want of memory perhaps. "
+                "Expected memory for all of them; with fewer data.workers they take less. The same command begins "
+                "this source anew."
+            ) from error
         finally:
             for future in pending:
                 future.cancel()
@@ -174,6 +183,15 @@ def _start(tokeniser: Tokeniser) -> None:
     # One process a core is enough; threads in each would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokeniser = tokeniser
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells its workers nothing, and they would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(rows: list[tuple[Where, Row]]) -> Chunk:

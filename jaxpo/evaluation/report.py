@@ -58,14 +58,9 @@ _MARKER = re.compile(r"<\|[^|<>]+\|>|</?s>|\[/?INST\]")
 
 
 def show(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Print the closing report of the run in `folder` from its summary and samples.json, and write samples.md there."""
-    samples = folder / "samples.json"
-    if samples.exists():
-        texts = json.loads(samples.read_text(encoding="utf-8"))
-        # Samples from before are missing where a run was resumed and their file had been moved away.
-        before = texts.get("before", [""] * len(texts["prompts"]))
-        show_samples(texts["prompts"], before, texts["after"])
-        atomic.write_text(folder / "samples.md", samples_markdown(texts["prompts"], before, texts["after"]))
+    """Print the closing report of the run in `folder` from its summary and samples.json."""
+    if texts := read_samples(folder):
+        show_samples(*texts)
     if summary["after"]:
         console.console.print(comparison(summary["before"], summary["after"]))
     for line in _figures(summary):
@@ -73,6 +68,22 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
     for name, what in (("export", "Hugging Face checkpoint"), ("plots", "plots"), ("summary.json", "figures")):
         if (folder / name).exists():
             console.say(f"{what:<24} {folder / name}")
+
+
+def read_samples(folder: Path) -> tuple[list[str], list[str], list[str]] | None:
+    """Prompts, and answers before and after, of samples.json; None where there is none."""
+    samples = folder / "samples.json"
+    if not samples.exists():
+        return None
+    texts = json.loads(samples.read_text(encoding="utf-8"))
+    # Samples from before are missing where their file was moved away while the run was on.
+    return texts["prompts"], texts.get("before", [""] * len(texts["prompts"])), texts["after"]
+
+
+def write_samples(folder: Path) -> None:
+    """samples.md, from samples.json."""
+    if texts := read_samples(folder):
+        atomic.write_text(folder / "samples.md", samples_markdown(*texts))
 
 
 def comparison(before: Metrics, after: Metrics) -> Table:

@@ -2,8 +2,14 @@
 
 Host memory beyond the decoder itself is about the largest tensor: a tensor is mapped from its file, each device's share
 of it copied out in the wanted dtype, and the mapping dropped before the next one.
+
+Of several processes each reads the bytes of its share, and no others. The share of a device lies in one piece where the
+file's outermost axis is the one that is split. Elsewhere, in a matrix that is stored transposed say, it would be a
+piece of every row, and all processes would read all pages of the file; there each reads as many whole rows, and the
+devices exchange what they have for what they are to have.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -79,14 +85,17 @@ class _Filling:
 
     def put(self, value: np.ndarray, layer: int | None) -> None:
         if layer is None:
-            self._array = self._place(value, self.sharding)
+            at = in_file_order(value, self.sharding)
+            placed = self._place(value, at)
+            self._array = placed if at is self.sharding else jax.jit(_same, out_shardings=self.sharding)(placed)
         else:
             if self._array is None:
                 # From a number given at run time: XLA would keep a constant of this size in the compiled program.
                 fill = jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=self.sharding)
                 self._array = fill(np.zeros((), self.dtype), self.shape)
                 self._insert = jax.jit(_insert, donate_argnums=0, out_shardings=self.sharding)
-            self._array = self._insert(self._array, self._place(value, _without_first_axis(self.sharding)), layer)
+            at = in_file_order(value, _without_first_axis(self.sharding))
+            self._array = self._insert(self._array, self._place(value, at), layer)
         # Devices work behind our back: without waiting, the copies of many tensors would pile up on the host.
         jax.block_until_ready(self._array)
 
@@ -94,6 +103,28 @@ class _Filling:
         # A copy even where the dtype is right: jax may keep the memory it is given, and a mapped file can change.
         copy = partial(np.array, dtype=self.dtype, order="C")
         return jax.make_array_from_callback(value.shape, sharding, lambda index: copy(value[index]))
+
+
+def in_file_order(value: np.ndarray, sharding: Sharding) -> Sharding:
+    """Where to read a mapped array of several processes: in as many parts as `sharding` has, each in one piece.
+
+    Which axis is the outermost one in the file is told by the strides. `sharding` itself where its parts are such
+    pieces, where one process has them all, or where the outermost axis does not divide evenly.
+    """
+    if sharding.is_fully_addressable or not isinstance(sharding, NamedSharding):
+        return sharding
+    split = {axis: names for axis, names in enumerate(sharding.spec) if names is not None}
+    outermost = max(range(value.ndim), key=lambda axis: value.strides[axis], default=0)
+    over = tuple(name for names in split.values() for name in ((names,) if isinstance(names, str) else names))
+    parts = math.prod(sharding.mesh.shape[name] for name in over)
+    if split.keys() <= {outermost} or value.shape[outermost] % parts:
+        return sharding
+    spec = (over if axis == outermost else None for axis in range(value.ndim))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _same(value: jax.Array) -> jax.Array:
+    return value
 
 
 def _insert(stack: jax.Array, value: jax.Array, layer: jax.Array) -> jax.Array:

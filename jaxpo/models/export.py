@@ -108,7 +108,9 @@ def _folder_of_all(folder: Path) -> Iterator[Path]:
             processes.same(lambda: str(new))
             yield new
     else:
-        yield Path(processes.same(str))
+        new = Path(processes.same(str))
+        with atomic.writable(folder):
+            yield new
     processes.wait(f"{folder} is there")
 
 
@@ -222,7 +224,12 @@ def _write_tokenizer(folder: Path, tokenizer: Saveable | Path | None, pad_token:
             elif (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
     elif tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        try:
+            tokenizer.save_pretrained(str(folder))
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers has no type for what its file system refuses
+            raise UserError(f"the tokenizer cannot be written to {folder}: {error}.") from error
     if pad_token is not None:
         for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
             if file.is_file():

@@ -5,6 +5,7 @@ The safetensors library would hold a whole shard in memory to write it, and has 
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -84,7 +85,10 @@ def read_header(file: Path) -> dict[str, SafetensorsTensor]:
 
 
 def write(file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], values: Iterable[np.ndarray]) -> None:
-    """Write a file of `tensors` (name -> dtype, shape) whose `values` come one by one, in that order."""
+    """Write a file of `tensors` (name -> dtype, shape) whose `values` come one by one, in that order.
+
+    It lasts once this returns.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -98,6 +102,8 @@ def write(file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], v
             if value.dtype != dtype or value.shape != shape:
                 raise ValueError(f"{name} is {value.dtype} {value.shape}, announced as {dtype} {shape}")
             stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def name_some(names: Iterable[str], limit: int = 4) -> str:

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpo import atomic
+import numpy as np
+
+from jaxpo import atomic, processes
 from jaxpo.console import progress, warn
 from jaxpo.errors import UserError
 
@@ -136,6 +138,8 @@ def weights_fingerprint(files: Sequence[Path], memo: Path) -> str:
     by the status-change time, which no program can set; only a clock turned back in between, or a mount that shows
     false times, can hide one. A memo that is damaged, old or cannot be written costs time, never correctness.
 
+    Of several processes each hashes its share; the first one keeps the memo.
+
     Raises UserError for a file that cannot be read, is not what its suffix says, or changes while it is read.
     """
     if not files:
@@ -144,20 +148,20 @@ def weights_fingerprint(files: Sequence[Path], memo: Path) -> str:
         identities = {file: _identity(file) for file in files}
         remembered = _read_memo(memo)
         parts = {file: _recall(remembered, file, identity) for file, identity in identities.items()}
-        unknown = [file for file, known in parts.items() if known is None]
-        if unknown:
-            now = time.time_ns()
-            fresh = _hash_files(unknown)
-            for file in unknown:
-                if _identity(file) != identities[file]:
-                    raise UserError(f"{file}: the file changed while its content was read; is it still being written?")
-            parts |= fresh
-            settled = {file: identities[file] for file in unknown if identities[file]["ctime_ns"] < now - SETTLED_NS}
+        unknown = processes.same(lambda: [n for n, file in enumerate(files) if parts[file] is None])
+        now = time.time_ns()
+        fresh = _hash_files([files[n] for n in unknown]) if unknown else {}
+        for file in fresh:
+            if _identity(file) != identities[file]:
+                raise UserError(f"{file}: the file changed while its content was read; is it still being written?")
+        parts |= fresh
+        settled = {file: identities[file] for file in fresh if identities[file]["ctime_ns"] < now - SETTLED_NS}
+        if processes.is_first():
             _remember(memo, settled, fresh)
     except OSError as error:
         raise UserError(f"{error.filename or files[0]}: cannot read the weights: {error.strerror or error}.") from error
     listing = sorted((label, digest) for known in parts.values() if known for label, digest in known.items())
-    return hashlib.sha256(canonical_json(listing).encode()).hexdigest()
+    return processes.same(lambda: hashlib.sha256(canonical_json(listing).encode()).hexdigest())
 
 
 def _identity(file: Path) -> dict[str, Any]:
@@ -173,21 +177,31 @@ def _identity(file: Path) -> dict[str, Any]:
 
 
 def _hash_files(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
-    """Label -> hash of the bytes, of every part of every file."""
+    """Label -> hash of the bytes, of every part of every file. Of several processes each reads its share of them."""
     work = [(file, part) for file in files for part in _parts(file)]
-    hashes: dict[Path, dict[str, str]] = {file: {} for file in files}
+    listed = [[*part] for _, part in work]
+    if processes.same(lambda: listed) != listed:
+        raise UserError(
+            f"{files[0].parent} is not the same for all processes: {processes.name()} has other weights there than the "
+            "first one. Expected the same files on all hosts."
+        )
+    mine = processes.share([part.length for _, part in work])
+    digests = np.zeros((len(work), hashlib.sha256().digest_size), np.uint8)
     # sha256 and reads let go of the interpreter lock, so that threads serve; one core hashes 1 to 2 GB/s.
     with (
-        progress("hashing weights", total=sum(part.length for _, part in work), unit="B") as shown,
+        progress("hashing weights", total=sum(work[n][1].length for n in mine), unit="B") as shown,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     ):
-        for (file, part), digest in zip(work, pool.map(lambda job: _hash_part(*job), work), strict=True):
-            hashes[file][part.label] = digest
-            shown.advance(part.length)
+        for n, digest in zip(mine, pool.map(lambda n: _hash_part(*work[n]), mine), strict=True):
+            digests[n] = np.frombuffer(digest, np.uint8)
+            shown.advance(work[n][1].length)
+    hashes: dict[Path, dict[str, str]] = {file: {} for file in files}
+    for (file, part), digest in zip(work, processes.merged(digests), strict=True):
+        hashes[file][part.label] = digest.tobytes().hex()
     return hashes
 
 
-def _hash_part(file: Path, part: _Part) -> str:
+def _hash_part(file: Path, part: _Part) -> bytes:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(part.length, READ_BYTES)))
     with file.open("rb", buffering=0) as stream:
@@ -199,7 +213,7 @@ def _hash_part(file: Path, part: _Part) -> str:
                 raise UserError(f"{file}: the file is cut: {left} bytes of {part.label} are missing.")
             digest.update(buffer[:count])
             left -= count
-    return digest.hexdigest()
+    return digest.digest()
 
 
 def _parts(file: Path) -> list[_Part]:

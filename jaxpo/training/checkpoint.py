@@ -94,7 +94,15 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
+        try:
+            # Of a file in its place orbax would tell at the first write.
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
+        except Exception as error:  # orbax raises all kinds, Exception itself among them
+            raise UserError(
+                f"{self._folder} cannot be used for checkpoints: {reason(error)}. Expected a folder that can be "
+                "written; what is saved in it is left as it was."
+            ) from error
         for record in read(run_folder):
             step = int(record["step"] or 0)
             # What a run did after its last checkpoint it does again.
@@ -159,10 +167,14 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax raises all kinds, Exception itself among them
             last = self.latest()
-            there = "No checkpoint was saved yet" if last is None else f"The last good checkpoint is {self.path(last)}"
+            there = (
+                "No checkpoint was saved yet; the same command begins anew"
+                if last is None
+                else f"The last good checkpoint is {self.path(last)}; the same command goes on from there"
+            )
             raise UserError(
-                f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there}; the same command goes "
-                "on from there once the folder can be written to again."
+                f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there} once the folder can be "
+                "written to again."
             ) from error
 
     def __enter__(self) -> "Checkpoints":

@@ -22,7 +22,7 @@ from jaxpo.models.decoder import Decoder
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.control import Stop, Watch, logged
 from jaxpo.training.evaluate import PREFIX
-from jaxpo.training.metrics import Record, Sink, Total, means, total
+from jaxpo.training.metrics import Record, Sink, Total, finite, means, total
 from jaxpo.training.moving_reference import Reference, Sync, checkpointed
 from jaxpo.training.step import StepResult, TrainState
 
@@ -36,7 +36,7 @@ class Progress:
     places and tokens count row places computed and those that held a token. The `steady` figures leave out steps whose
     shapes are new to the process, which compile, and what was computed meanwhile. seconds: of each stage; `wait` is for
     data in training, `log` of metrics on their way out. window holds the metrics since the last logged line as [sum,
-    weight].
+    weight]. lines: of metrics.jsonl; line: the last of them.
     """
 
     examples: int = 0
@@ -48,6 +48,8 @@ class Progress:
     steady_seconds: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     window: dict[str, list[float]] = field(default_factory=dict)
+    lines: int = 0
+    line: Record = field(default_factory=dict)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -89,6 +91,12 @@ class Progress:
             self.steady_examples += len(step.examples)
             self.steady_tokens += tokens
             self.steady_flops += flops
+
+    def log(self, n: int, line: Record) -> None:
+        """Remember a line of step n, or what is added to it."""
+        if self.line.get("step") != n:
+            self.lines, self.line = self.lines + 1, {"step": n}
+        self.line |= finite(line)
 
     def after(self, earlier: "Progress") -> "Progress":
         """The progress of an earlier process, with this one's seconds added."""
@@ -276,6 +284,9 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
             record(loop, n, line, progress)
             if loop.saves_at(n) or terminating or watch.stop is not None:
                 with progress.timed("checkpoint"):
+                    # What a checkpoint goes on from lasts before it does.
+                    for sink in loop.sinks:
+                        sink.flush()
                     held = checkpointed(state, reference if loop.sync is not None else None)
                     loop.checkpoints.save(n, held, asdict(progress), line)
             if terminating:
@@ -363,6 +374,7 @@ def evaluate(loop: Loop, state: TrainState, progress: Progress) -> Record:
 def record(loop: Loop, n: int, line: Record, progress: Progress) -> None:
     with progress.timed("log"):
         if line:
+            progress.log(n, line)
             for sink in loop.sinks:
                 sink.write(n, line)
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
@@ -58,29 +59,45 @@ def derived(taken: Record) -> Record:
     return out
 
 
+def finite(record: Record) -> Record:
+    """The record with None for what is not finite, which JSON cannot say."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
+
+
 def read(folder: Path) -> list[Record]:
-    """The records of a run so far; a last line cut by a crash is left out."""
+    """The records of a run so far; a last line that a crash has cut or damaged is left out."""
     path = folder / FILE
     if not path.exists():
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}. Expected one JSON object per line; move the file away.") from None
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise UserError(
-                f"{path}:{number} is no line of metrics: expected a JSON object with a whole number for step; move the "
-                "file away."
-            )
+    *lines, cut = path.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(_parse(line))
+        except (ValueError, RecursionError) as error:
+            if cut or number < len(lines):
+                raise UserError(
+                    f"{path}:{number} is damaged: {error}. Expected a JSON object with a whole number for step. Put "
+                    "the line back as it was, or move the file away to go on without what it says."
+                ) from None
     return records
+
+
+def _parse(line: bytes) -> Record:
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError("it is no line of metrics")
+    return record
 
 
 class Sink(Protocol):
     """Somewhere metrics go."""
 
     def write(self, step: int, record: Record) -> None: ...
+
+    def flush(self) -> None:
+        """What was written lasts once this returns, as far as that is in our hands."""
+        ...
 
     def close(self) -> None: ...
 
@@ -91,11 +108,23 @@ class JsonLines:
     Opened at a step, it drops the lines after that step: a resumed run writes them again. Opened at step 0 it drops
     all, for a run that begins writes the evaluation before the first step as well. What is added to the step it was
     opened at, an evaluation that SIGTERM left out, goes into that step's line.
+
+    lines, last: how many lines there were when the step was saved, and the last of them, as the checkpoint knows them.
+    That one is put back if the file has lost it; raises UserError if others are missing.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, lines: int = 0, last: Record | None = None) -> None:
         self._path, self._opened_at = folder / FILE, step
         self._kept = [r for r in read(folder) if (r["step"] or 0) <= step] if step else []
+        if step and last:
+            there = bool(self._kept) and self._kept[-1]["step"] == last["step"]
+            self._kept[-1:] = [self._kept[-1] | last] if there else [*self._kept[-1:], last]
+            if self._path.exists() and len(self._kept) != lines:
+                raise UserError(
+                    f"{self._path} is damaged: it held {lines} lines up to step {last['step']} when a checkpoint was "
+                    f"saved, and with that step's line it holds {len(self._kept)}. Put it back as it was, or move the "
+                    "file away to go on without what it says."
+                )
         self._file = self._begin()
 
     def _begin(self) -> TextIO:
@@ -103,17 +132,23 @@ class JsonLines:
         return self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Record) -> None:
-        finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
-        if self._kept and self._kept[-1]["step"] == step == self._opened_at:
-            self._kept[-1] |= finite
-            self._file.close()
-            self._file = self._begin()
-            return
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with atomic.naming(self._path):
+            if self._kept and self._kept[-1]["step"] == step == self._opened_at:
+                self._kept[-1] |= finite(record)
+                self._file.close()
+                self._file = self._begin()
+                return
+            self._file.write(json.dumps({"step": step, **finite(record)}) + "\n")
+            self._file.flush()
+
+    def flush(self) -> None:
+        with atomic.naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with atomic.naming(self._path):
+            self._file.close()
 
 
 class TensorBoard:
@@ -128,6 +163,9 @@ class TensorBoard:
         for name, value in record.items():
             if value is not None:
                 self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -165,6 +203,9 @@ class Wandb:
     def write(self, step: int, record: Record) -> None:
         self._run.log({k: v for k, v in record.items() if v is not None}, step=step)
 
+    def flush(self) -> None:
+        """wandb sends in the background and keeps what it has not sent in its own files."""
+
     def close(self) -> None:
         self._run.finish()
 
@@ -183,10 +224,10 @@ def check_installed(config: LoggingConfig) -> None:
             )
 
 
-def open_sinks(run: Run, folder: Path, step: int) -> list[Sink]:
-    """The sinks that the config asks for; JSONL always."""
+def open_sinks(run: Run, folder: Path, step: int, lines: int, last: Record) -> list[Sink]:
+    """The sinks that the config asks for; JSONL always, which see for `lines` and `last`."""
     config: LoggingConfig = run.logging
-    sinks: list[Sink] = [JsonLines(folder, step)]
+    sinks: list[Sink] = [JsonLines(folder, step, lines, last)]
     if config.tensorboard:
         sinks.append(TensorBoard(folder, step))
     if config.wandb is not None:

@@ -114,3 +114,13 @@ def test_hashes_are_remembered_by_identity_and_follow_the_content(
     monkeypatch.undo()
     os.utime(write(path, "two"), ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 10**9))
     assert hashes(path) != first
+
+
+def test_a_hash_that_cannot_be_remembered_is_told_and_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", "one")
+    (tmp_path / "hashes").touch()
+    monkeypatch.setattr("jaxpo.data.files.SETTLED_SECONDS", -1.0)
+    assert FileHashes(tmp_path / "hashes")(path) == FileHashes(tmp_path / "elsewhere")(path)
+    assert "cannot remember the hash of" in capsys.readouterr().err

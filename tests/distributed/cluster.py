@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,10 +35,11 @@ def start(
     devices: int,
     *arguments: str,
     differing: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    program: Sequence[str] = ("-m", "jaxpo.launch"),
 ) -> list["subprocess.Popen[bytes]"]:
     """`jaxpo.launch` with these arguments, once for each process, of so many simulated devices each.
 
-    differing: arguments that some processes have besides.
+    differing: arguments that some processes have besides. program: another one for Python to run.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,15 +54,14 @@ def start(
     for index in range(processes):
         place = ("--coordinator", coordinator, "--processes", str(processes), "--process", str(index))
         with log_of(logs, index).open("wb") as log:
-            program = (
+            command = (
                 sys.executable,
-                "-m",
-                "jaxpo.launch",
+                *program,
                 *arguments,
                 *differing.get(index, ()),
                 *(place if processes > 1 else ()),
             )
-            started.append(subprocess.Popen(program, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     return started
 
 
@@ -85,9 +86,16 @@ def ended(logs: Path, started: Sequence["subprocess.Popen[bytes]"], timeout: flo
     return [Ended(code, text) for code, text in zip(codes, printed, strict=True)]
 
 
-def run(logs: Path, processes: int, devices: int, *arguments: str) -> list[Ended]:
+def run(
+    logs: Path,
+    processes: int,
+    devices: int,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "jaxpo.launch"),
+    timeout: float = TIMEOUT,
+) -> list[Ended]:
     """All of them to a good end."""
-    found = ended(logs, start(logs, processes, devices, *arguments))
+    found = ended(logs, start(logs, processes, devices, *arguments, program=program), timeout)
     assert [one.code for one in found] == [0] * processes, "\n---\n".join(one.printed for one in found)
     return found
 
@@ -133,3 +141,15 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     for name, value in exported.items():
         # In norm: where a gradient is rounding noise, AdamW's first updates have its sign by chance.
         assert np.linalg.norm(value - wanted[name]) <= 1e-5 * np.linalg.norm(wanted[name]), name
+
+
+def stopped(run: Path, step: int, to: Path) -> None:
+    """A copy of a finished run as it would be had it been killed when it had saved this step."""
+    shutil.copytree(run, to)
+    for name in ("export", "plots"):
+        shutil.rmtree(to / name, ignore_errors=True)
+    for name in ("summary.json", "samples.md"):
+        (to / name).unlink(missing_ok=True)
+    for saved in (to / "checkpoints").iterdir():
+        if int(saved.name) > step:
+            shutil.rmtree(saved)

@@ -192,3 +192,15 @@ def test_a_sharded_decoder_is_written_whole(model: Model, tmp_path: Path) -> Non
     jax.tree.map(
         np.testing.assert_array_equal, load_decoder(read_checkpoint(tmp_path / "hf"), "float32"), scratch.decoder
     )
+
+
+def test_a_tokenizer_that_cannot_be_written_is_told(model: Model, tmp_path: Path) -> None:
+    """tokenizers raises Exception itself, with the words of its file system."""
+
+    class Full:
+        def save_pretrained(self, save_directory: str) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match=r"the tokenizer cannot be written to .*: No space left on device"):
+        write(model(), tmp_path / "hf", tokenizer=Full())
+    assert [*tmp_path.iterdir()] == []

@@ -265,3 +265,9 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, SMALL, {1: {}})
     with Checkpoints(tmp_path, TrainingConfig()) as checkpoints, pytest.raises(UserError, match="cannot be read"):
         checkpoints.restore(1, {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).touch()
+    with pytest.raises(UserError, match=f"{tmp_path / FOLDER} cannot be used for checkpoints: "):
+        Checkpoints(tmp_path, TrainingConfig())

@@ -84,12 +84,17 @@ class Trial:
             chosen = list(range(n * BATCH, (n + 1) * BATCH))
             yield Step(chosen, pack([self.examples[i] for i in chosen], references[chosen], PACKING)[0])
 
-    def run(self) -> Ended:
-        """From the start or from the last checkpoint, as a process does."""
-        settings, transform = optimizer(self.decoder, 1e-3)
+    def start(self) -> TrainState:
+        """The state before the first step."""
+        _, transform = optimizer(self.decoder, 1e-3)
         weights = jax.tree.map(jnp.array, self.decoder)
         carry = {name: jax.device_put(np.float32(value)) for name, value in initial_carry(DPO(), Control()).items()}
-        state = TrainState(jax.device_put(np.int32(0)), weights, jax.jit(transform.init)(weights), carry)
+        return TrainState(jax.device_put(np.int32(0)), weights, jax.jit(transform.init)(weights), carry)
+
+    def run(self) -> Ended:
+        """From the start or from the last checkpoint, as a process does."""
+        settings, _ = optimizer(self.decoder, 1e-3)
+        state = self.start()
         progress = Progress()
         self.steps_made.clear()
         with Checkpoints(self.folder, self.config) as checkpoints:
@@ -409,6 +414,17 @@ def test_a_step_evaluated_after_a_signal_can_be_the_best(trial: Trial, tmp_path:
         assert checkpoints.best() == 3
 
 
+def test_a_checkpoint_knows_the_lines_before_it(trial: Trial) -> None:
+    """Logged every 2 steps, evaluated every 3, saved every 3: after step 3 there are lines of steps 0, 2 and 3."""
+    saving = replace(trial, config=TrainingConfig(eval_every=3, save_every=3))
+    saving.run()
+    with Checkpoints(trial.folder, trial.config) as checkpoints:
+        for step, count in ((3, 3), (6, 5)):
+            progress = Progress(**checkpoints.restore(step, saving.start())[1])
+            written = [r for r in lines(trial.folder) if r["step"] <= step]
+            assert (progress.lines, progress.line) == (count, written[-1]) == (len(written), written[-1])
+
+
 def test_progress_comes_back_from_json_as_it_was() -> None:
     progress = Progress(
         examples=3,
@@ -417,6 +433,8 @@ def test_progress_comes_back_from_json_as_it_was() -> None:
         steady_seconds=0.1 + 0.2,
         seconds={"train": 1 / 3, "data": 2.0},
         window={"loss": [1.1, 3.0]},
+        lines=2,
+        line={"step": 2, "loss": 1 / 3, "eval_loss": None},
     )
     assert Progress(**json.loads(json.dumps(asdict(progress)))) == progress
 

@@ -1,6 +1,8 @@
 """Metrics on the host, and metrics.jsonl across crashes and resumed runs."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -87,14 +89,70 @@ def test_a_last_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 1), (3, 2), (4, 2)]
 
 
-@pytest.mark.parametrize("damage", ["\0\0\0\0\n", "{\n", "7\n", '{"loss": 1.0}\n'])
-def test_a_damaged_line_is_an_error_that_names_the_file(tmp_path: Path, damage: str) -> None:
+DAMAGE = [b"\0\0\0\0\n", b"{\n", b"7\n", b'{"loss": 1.0}\n', b"\xff\r\n"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path, damage: bytes) -> None:
     write_steps(tmp_path, 0, 3, run=1)
     path = tmp_path / FILE
-    path.write_text(damage + path.read_text(encoding="utf-8"), encoding="utf-8")
-    with pytest.raises(UserError) as caught:
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, damage, *rest]))
+    with pytest.raises(UserError, match=f"^{path}:2 is damaged: "):
         JsonLines(tmp_path, 3)
-    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_last_line_is_left_out(tmp_path: Path, damage: bytes) -> None:
+    write_steps(tmp_path, 0, 3, run=1)
+    with (tmp_path / FILE).open("ab") as file:
+        file.write(damage)
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", [1, 10, 20])
+def test_the_last_line_before_a_checkpoint_is_put_back(tmp_path: Path, cut: int) -> None:
+    write_steps(tmp_path, 0, 3, run=1)
+    path = tmp_path / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    JsonLines(tmp_path, 3, lines=3, last={"step": 3, "loss": 1.0}).close()
+    assert path.read_bytes() == whole
+
+
+def test_a_line_of_a_checkpoint_gains_what_was_added_to_it_since(tmp_path: Path) -> None:
+    write_steps(tmp_path, 0, 3, run=1)
+    sink = JsonLines(tmp_path, 3)
+    sink.write(3, {"eval_loss": 0.25})
+    sink.close()
+    JsonLines(tmp_path, 3, lines=3, last={"step": 3, "loss": 1.0}).close()
+    assert lines(tmp_path)[-1] == {"step": 3, "loss": 1.0, "eval_loss": 0.25}
+
+
+def test_lines_that_are_lost_are_told(tmp_path: Path) -> None:
+    write_steps(tmp_path, 0, 5, run=1)
+    path = tmp_path / FILE
+    first, _, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([first, *rest]))
+    with pytest.raises(UserError, match=f"^{path} is damaged: it held 4 lines up to step 4 .* it holds 3"):
+        JsonLines(tmp_path, 4, lines=4, last={"step": 4, "loss": 1.0})
+    assert len(lines(tmp_path)) == 4
+    path.unlink()
+    JsonLines(tmp_path, 4, lines=4, last={"step": 4, "loss": 1.0}).close()
+    assert lines(tmp_path) == [{"step": 4, "loss": 1.0}]
+
+
+def test_an_error_of_a_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sink = JsonLines(tmp_path, 0)
+    sink.write(1, {"loss": 1.0})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        sink.flush()
+    assert caught.value.filename == str(tmp_path / FILE)
+    sink.close()
 
 
 def test_without_a_file_there_is_nothing_to_read(tmp_path: Path) -> None:
