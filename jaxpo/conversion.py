@@ -1,8 +1,10 @@
 """Checkpoints from Hugging Face's format to jaxpo's and back."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,13 +19,12 @@ from jaxpo.models.checkpoint import SMALL_FILES, Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.models.export import export
+from jaxpo.origin import START, find_step, is_trained, read_note
 from jaxpo.prepare import INIT, MADE_OF, at_stage, learns_rewards
-from jaxpo.run_folder import CONFIG, find_step
-from jaxpo.training import checkpoint as training_checkpoint
+from jaxpo.run_folder import CONFIG
+from jaxpo.training.checkpoint import FOLDER as CHECKPOINTS
+from jaxpo.training.checkpoint import latest_step, restore_decoder
 from jaxpo.training.mesh import Layout, make_mesh
-
-# Where a run keeps the weights that it begins with, if they are of another run.
-START = "start"
 
 
 def from_hf(source: str, out: Path) -> None:
@@ -53,7 +54,7 @@ def to_hf(source: Path, out: Path, dtype: str | None) -> None:
             generation_config=checkpoint.generation_config,
         )
     else:
-        run_folder, step = find_step(source)
+        run_folder, step = find_step(source, "PATH")
         run = config_file.load(run_folder / CONFIG)
         start = (
             str(run_folder / INIT)
@@ -71,32 +72,48 @@ def started(run: Run, folder: Path) -> Run:
     """The run with a Hugging Face folder for its model.path, where that names another run, or a checkpoint in one.
 
     The folder is `folder`/start. It is made once, and again only if the run names other weights now, before the first
-    step that is saved.
+    step that is saved; after that nothing else has to be there any more.
     """
-    path = None if run.model.path is None else Path(run.model.path).expanduser()
-    if path is None or not is_trained(path):
+    path, start = run.model.path, folder / START
+    if path is None:
         return run
-    start = folder / START
-    described = f"{'/'.join(map(str, find_step(path)))}\n"
 
-    def is_made() -> bool:
-        note = start / MADE_OF
-        same = note.exists() and note.read_text(encoding="utf-8") == described
-        return same or (start.exists() and training_checkpoint.latest_step(folder) is not None)
+    def wanted() -> dict[str, Any] | None:
+        """What `start` is to be made of, None if it serves as it is: one answer, for the other run may go on."""
+        note = read_note(start / MADE_OF)
+        if note is not None and note["path"] == path and latest_step(folder) is not None:
+            return None
+        source, step = find_step(Path(path).expanduser(), "model.path")
+        made_of = {"path": path, "run": str(source.absolute()), "step": step}
+        return None if note == made_of else made_of
 
-    if not processes.same(is_made):
+    if not processes.same(lambda: (start / MADE_OF).exists() or is_trained(Path(path).expanduser())):
+        return run
+    if run.model.revision is not None:
+        raise UserError(f"model.revision has no effect: model.path {path} is a run; leave it out.")
+    if (made_of := processes.same(wanted)) is not None:
         if processes.is_first() and start.exists():
             shutil.rmtree(start)
-        to_hf(path, start, None)
+        to_hf(Path(made_of["run"]) / CHECKPOINTS / str(made_of["step"]), start, None)
         if processes.is_first():
-            atomic.write_text(start / MADE_OF, described)
+            atomic.write_text(start / MADE_OF, json.dumps(made_of))
         processes.wait(f"start {start}")
     return replace(run, model=replace(run.model, path=str(start)))
 
 
-def is_trained(path: Path) -> bool:
-    """Whether a path is that of a run, or of a checkpoint in one."""
-    return (path / CONFIG).exists() or (path.parent.name == training_checkpoint.FOLDER and path.name.isdecimal())
+def of_same_shape(run: Run, folder: Path) -> Run:
+    """The run with a model.path of the same config and tokenizer, where that names another run: no weights are made.
+
+    folder: of the whole run, whose stages it may name.
+    """
+    run = at_stage(run, folder)
+    while run.model.path is not None and is_trained(Path(run.model.path).expanduser()):
+        source, _ = find_step(Path(run.model.path).expanduser(), "model.path")
+        made = next((source / name for name in (INIT, START) if (source / name).exists()), None)
+        before = at_stage(config_file.load(source / CONFIG), source)
+        path = before.model.path if made is None else str(made)
+        run = replace(run, model=replace(run.model, path=path, revision=before.model.revision))
+    return run
 
 
 def check_paths(source: str, out: Path) -> None:
@@ -109,7 +126,7 @@ def check_paths(source: str, out: Path) -> None:
 def trained_decoder(run_folder: Path, step: int, checkpoint: Checkpoint, dtype: str) -> Decoder:
     abstract = abstract_decoder(checkpoint.decoder_config, dtype)
     layout = Layout(make_mesh(MeshConfig()))
-    return training_checkpoint.restore_decoder(run_folder, step, layout.place(checkpoint.decoder_config, abstract))
+    return restore_decoder(run_folder, step, layout.place(checkpoint.decoder_config, abstract))
 
 
 def shardings(checkpoint: Checkpoint) -> Decoder:

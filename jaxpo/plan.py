@@ -10,6 +10,8 @@ from rich.text import Text
 
 from jaxpo import atomic, compiler, console
 from jaxpo.config import STAGE, Run
+from jaxpo.conversion import of_same_shape
+from jaxpo.errors import UserError
 from jaxpo.models import scratch
 from jaxpo.models.checkpoint import read_decoder_config
 from jaxpo.models.decoder import DecoderConfig
@@ -37,6 +39,8 @@ def show(
 
     told: tokens of a prompt and of each of its completions, see `lengths`.
     """
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise UserError(f"--json {file} cannot be written: expected the name of a file, in a folder that is there.")
     compiler.set_up(run.model.compute_dtype)
     where = None if topology is None else parse(topology)
     model = model_of(run, run)
@@ -62,7 +66,10 @@ def show(
     for line in (f"{memory}; it fits with {MARGIN:.0%} to spare, what the estimate may be wrong by.", *ASSUMPTIONS):
         _say(Text(line, style="dim"))
     if file is not None:
-        atomic.write_text(file, json.dumps(as_json(now, offered, first, found, said), indent=1))
+        try:
+            atomic.write_text(file, json.dumps(as_json(now, offered, first, found, said), indent=1))
+        except OSError as error:
+            raise UserError(f"--json {file} cannot be written: {error}.") from error
 
 
 def model_of(run: Run, whole: Run) -> DecoderConfig:
@@ -75,7 +82,10 @@ def model_of(run: Run, whole: Run) -> DecoderConfig:
     path = run.model.path
     assert path is not None
     if not path.startswith(STAGE):
-        return read_decoder_config(path, run.model.revision, head)
+        assert whole.output_dir is not None
+        known = of_same_shape(run, whole.output_dir.expanduser()).model
+        assert known.path is not None
+        return read_decoder_config(known.path, known.revision, head)
     name = path.removeprefix(STAGE)
     assert whole.output_dir is not None
     export = whole.output_dir.expanduser() / STAGES / name / "export"

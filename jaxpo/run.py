@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpo import atomic, compiler, console, processes, run_folder
+from jaxpo import atomic, compiler, console, origin, processes, run_folder
 from jaxpo.config import Run
 from jaxpo.config_checks import too_late
-from jaxpo.conversion import started
+from jaxpo.conversion import of_same_shape, started
 from jaxpo.data import inspect, loader
 from jaxpo.delivery import deliver, end_ids
 from jaxpo.errors import UserError
@@ -55,7 +55,7 @@ from jaxpo.training.step import TrainState, initial_carry, make_evaluation_step,
 def train(run: Run, where: processes.Place | None = None, resume: str = "auto") -> Path:
     """Do the stages of a run that are not done yet, then the run itself; returns its folder.
 
-    resume: where it begins, see `run_folder.begin`. where: this process's place among those that train together, if
+    resume: where it begins, see `origin.chosen`. where: this process's place among those that train together, if
     it is not alone and no scheduler tells.
     """
     # XLA reads what it is told of kernels once, so all stages get those that one of them needs.
@@ -65,9 +65,10 @@ def train(run: Run, where: processes.Place | None = None, resume: str = "auto") 
     with together(where), ExitStack() as claimed:
         for one in (*run.stages.values(), run):
             metrics.check_installed(one.logging)
+        other = origin.chosen(folder, run, resume) if processes.is_first() else None
         claimed.enter_context(claim(folder, run))
-        if processes.is_first():
-            run_folder.begin(folder, run, resume)
+        if other is not None:
+            origin.adopt(other, resume, folder)
         processes.wait(f"begin {folder}")
         for name, stage in run.stages.items():
             place = folder / STAGES / name
@@ -111,10 +112,10 @@ def inspect_data(run: Run, stage: str | None, split: str, examples: int) -> None
         known = ", ".join(run.stages) or "none, for the config has no stages"
         raise UserError(f"--stage is {stage}; expected one of the config's stages: {known}.")
     compiler.set_up(run.model.compute_dtype)
-    one = at_stage(run if stage is None else run.stages[stage], place_of(run))
+    one = of_same_shape(run if stage is None else run.stages[stage], place_of(run))
     # A model from scratch is made for the tokenizer's sake; the run's own folder is the trainer's to write.
     with TemporaryDirectory() as folder:
-        parts = prepare(started(one, Path(folder)), Path(folder))
+        parts = prepare(one, Path(folder))
         corpus = parts.train if split == "train" else parts.eval
         if corpus is None:
             raise UserError("data.eval is empty, so there is nothing to show of it; expected a source in it.")

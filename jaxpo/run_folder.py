@@ -4,7 +4,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +15,6 @@ from jaxpo import atomic, config_file, processes
 from jaxpo.config import Run
 from jaxpo.errors import UserError
 from jaxpo.prepare import INIT, STAGES, Parts, weights_of
-from jaxpo.training import metrics
-from jaxpo.training.checkpoint import FOLDER as CHECKPOINTS
 from jaxpo.training.checkpoint import latest_step
 
 CONFIG = "config.yaml"
@@ -111,72 +108,6 @@ def check_shared(folder: Path) -> None:
     processes.wait(f"claim {folder}")
     if processes.is_first():
         path.unlink()
-
-
-def begin(folder: Path, run: Run, resume: str) -> None:
-    """Where a run that was claimed begins: `auto` goes on with what the folder holds, if it holds anything.
-
-    `never` refuses to. Anything else is a run, or a checkpoint in one (RUN/checkpoints/STEP), of the same config but
-    for the keys of FREE, to go on from: what it holds up to that step becomes this run's, linked where the file system
-    can, and copied elsewhere. Once there, it is gone on with as any other. Raises UserError where that cannot be.
-    """
-    saved = latest_step(folder)
-    if resume == "never" and (saved is not None or (folder / SUMMARY).exists()):
-        found = f"its checkpoint of step {saved}" if saved is not None else SUMMARY
-        raise UserError(
-            f"--resume is never, but output_dir {folder} holds a run with {found}; expected a new folder, or --resume "
-            "auto to go on with that run."
-        )
-    if resume in ("never", "auto") or saved is not None:
-        return
-    source, step = find_step(Path(resume).expanduser())
-    if changed := changes(config_file.load(source / CONFIG), run):
-        raise UserError(
-            f"--resume {resume} is of a run with another config: {'; '.join(changed)}. Expected the same config, to go "
-            f"on with that run; model.path={source / CHECKPOINTS / str(step)} begins a new one from its weights."
-        )
-    try:
-        adopt(source, step, folder)
-    except OSError as error:
-        raise UserError(f"--resume {resume} cannot be brought into output_dir {folder}: {error}.") from error
-
-
-def adopt(source: Path, step: int, folder: Path) -> None:
-    """Bring what a run holds of its steps up to `step` into the folder of another one, the checkpoint last of all."""
-    for name in (SAMPLES, INPUTS, metrics.FILE):
-        if (source / name).exists():
-            atomic.write_text(folder / name, (source / name).read_text(encoding="utf-8"))
-    for name in (INIT, STAGES, f"{CHECKPOINTS}/{step}"):
-        if (source / name).exists() and not (folder / name).exists():
-            (folder / name).parent.mkdir(exist_ok=True)
-            with atomic.new_folder(folder / name) as new:
-                shutil.copytree(
-                    source / name, new, copy_function=linked, ignore=shutil.ignore_patterns(".lock"), dirs_exist_ok=True
-                )
-
-
-def linked(source: str, target: str) -> str:
-    """A file at a second place, as a link if they are on one file system that has them: it is never changed."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
-
-
-def find_step(source: Path) -> tuple[Path, int]:
-    """The folder of a run and the step that `source`, the run or a checkpoint in it, stands for."""
-    if (source / CONFIG).exists():
-        step = latest_step(source)
-        if step is None:
-            raise UserError(f"{source} is a run that has saved no checkpoint yet.")
-        return source, step
-    if source.parent.name == CHECKPOINTS and source.name.isdecimal() and source.is_dir():
-        return source.parent.parent, int(source.name)
-    raise UserError(
-        f"{source} is neither a run (a folder with {CONFIG}), nor a checkpoint in one "
-        f"(RUN/{CHECKPOINTS}/STEP), nor a checkpoint that `convert from-hf` made."
-    )
 
 
 def check_same_run(folder: Path, run: Run) -> None:

@@ -35,7 +35,7 @@ ORDER = [
     ["jaxpo.rewards"],
     ["jaxpo.evaluation"],
     ["jaxpo.prepare", "jaxpo.references"],
-    ["jaxpo.delivery", "jaxpo.run_folder", "jaxpo.run", "jaxpo.conversion", "jaxpo.rating"],
+    ["jaxpo.delivery", "jaxpo.run_folder", "jaxpo.origin", "jaxpo.run", "jaxpo.conversion", "jaxpo.rating"],
     ["jaxpo.recipes", "jaxpo.advise", "jaxpo.dialogue"],
     ["jaxpo.planning"],
     ["jaxpo.plan"],

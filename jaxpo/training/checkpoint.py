@@ -191,11 +191,15 @@ class Checkpoints:
             self._manager.close()
 
 
-def latest_step(run_folder: Path) -> int | None:
-    """The last step that a run has saved, None before the first; nothing is written."""
+def steps_of(run_folder: Path) -> list[int]:
+    """The steps that a run has saved and kept; nothing is written."""
     folder = run_folder / FOLDER
-    # The steps come in the order of the directory.
-    return max(ocp.utils.checkpoint_steps(folder.absolute()), default=None) if folder.is_dir() else None
+    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+
+
+def latest_step(run_folder: Path) -> int | None:
+    """The last step that a run has saved, None before the first."""
+    return max(steps_of(run_folder), default=None)
 
 
 def restore_decoder(run_folder: Path, step: int, abstract: Decoder) -> Decoder:
