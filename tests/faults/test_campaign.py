@@ -11,17 +11,17 @@ import pytest
 from trainee import Ended, difference
 
 CAMPAIGN = Path(__file__).with_name("campaign.py")
-KINDS = ("SIGKILL in a commit", "SIGTERM", "full disk", "damaged checkpoint", "damaged metrics")
+KINDS = ("SIGKILL in a commit", "full disk", "damaged checkpoint", "damaged metrics")
 
 
 def test_nothing_is_lost(tmp_path: Path) -> None:
     only = [word for kind in KINDS for word in ("--only", kind)]
     out = tmp_path / "campaign.json"
-    command = [sys.executable, CAMPAIGN, "--runs", "5", "--seed", "0", "--json", out, "--variant", "dpo", *only]
+    command = [sys.executable, CAMPAIGN, "--runs", "4", "--seed", "0", "--json", out, "--variant", "dpo", *only]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
-    assert found["runs"] == found["resumed_exactly"] + found["clear_error"] == 5
+    assert found["runs"] == found["resumed_exactly"] + found["clear_error"] == 4
     assert found["lost"] == 0
     # It is gone on from: nothing is left to do.
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
