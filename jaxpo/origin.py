@@ -76,7 +76,7 @@ def has_begun(folder: Path) -> bool:
 
 
 def adopt(origin: Origin, resume: str, folder: Path) -> None:
-    """Bring what a run holds up to a step into the folder of another one, linked where the file system can, else copied.
+    """Bring what a run holds up to a step into the folder of another one: linked where that can be, else copied.
 
     Killed in the middle it is done again by the same command. Raises UserError where the step is gone meanwhile.
     """

@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 from safetensors.numpy import load_file
 
-from jaxpo import config_file, conversion, launch, run
+from jaxpo import config_file, conversion, launch, origin, run
 from jaxpo.config import Run
 from jaxpo.data.templates import TEMPLATES
 from jaxpo.errors import UserError
@@ -253,8 +253,8 @@ def test_a_run_goes_on_from_a_checkpoint_of_another_one(
     before = content(finished)
     config = configured("dpo", *SAMPLES, "training.row_length=512")
     out = run.train(config, resume=str(finished / "checkpoints" / "4"))
-    assert (out / "checkpoints" / "4").exists()
-    assert not (out / "checkpoints" / "2").exists()
+    # Those before it may hold the best, and are kept as the others are.
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"2", "4", "6"}
     ours, theirs = records(out), records(finished)
     # Up to that step the lines are theirs, to the second.
     assert ours[:5] == theirs[:5]
@@ -275,24 +275,93 @@ def test_a_run_that_was_brought_elsewhere_goes_on_there(finished: Path, train: T
         stopping(patch, 1)
         with pytest.raises(SystemExit):
             run.train(config, resume=str(finished / "checkpoints" / "2"))
-    steps = {path.name for path in (run.place_of(config) / "checkpoints").iterdir()}
-    assert steps == {"2", "3"}
+    place = run.place_of(config)
+    assert {path.name for path in (place / "checkpoints").iterdir()} == {"2", "3"}
+    with pytest.raises(UserError, match=r"--resume is .*/4, but output_dir .* holds a run of its own at step 3"):
+        run.train(config, resume=str(finished / "checkpoints" / "4"))
+    # It needs its origin no more.
+    told = json.loads((place / "resumed_from.json").read_text())
+    (place / "resumed_from.json").write_text(json.dumps({**told, "run": str(place / "gone")}))
     assert_equal_weights(run.train(config, resume=str(finished / "checkpoints" / "2")), finished)
+
+
+def test_the_best_of_another_run_comes_along(train: Train, configured: Callable[..., Run], tmp_path: Path):
+    changes = [
+        "training.best_metric=eval_kl/abs",  # the distance grows: the first evaluation after a step is the best
+        "training.eval_every=2",
+        "training.save_every=5",
+        "training.keep_checkpoints=2",
+        "export.checkpoint=best",
+    ]
+    first = train("dpo", *changes)
+    assert {path.name for path in (first / "checkpoints").iterdir()} == {"2", "5", "6"}
+    config = configured("dpo", *changes, f"output_dir={tmp_path}/second")
+    out = run.train(config, resume=str(first / "checkpoints" / "5"))
+    assert summary(out)["exported_step"] == 2
+    assert_equal_weights(out, first)
+
+
+def test_what_is_brought_is_there_whole_or_is_brought_again(
+    finished: Path, train: Train, configured: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+):
+    """Killed before the checkpoint is there, and after."""
+    config, wanted = configured("dpo", *SAMPLES), str(finished / "checkpoints" / "4")
+    bring, seen = origin._bring, []
+
+    def killed(source: Path, target: Path) -> bool:
+        seen.append(target.name)
+        if len(seen) in (4, 9):
+            raise KeyboardInterrupt
+        return bring(source, target)
+
+    monkeypatch.setattr(origin, "_bring", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run.train(config, resume=wanted)
+        assert not json.loads((run.place_of(config) / "resumed_from.json").read_text())["complete"]
+    monkeypatch.setattr(origin, "_bring", bring)
+    assert_equal_weights(run.train(config, resume=wanted), finished)
+
+
+def test_a_checkpoint_that_is_gone_meanwhile_is_told(finished: Path, tmp_path: Path):
+    source = tmp_path / "source"
+    shutil.copytree(finished, source)
+    shutil.rmtree(source / "checkpoints" / "4")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"the checkpoint of step 4 in .*/source is gone"):
+        origin.adopt(origin.Origin(source, 4), str(source), tmp_path / "run")
 
 
 def test_a_run_that_is_never_to_go_on(finished: Path, train: Train, configured: Callable[..., Run]):
     stop(train, 2)
-    with pytest.raises(UserError, match=r"--resume is never, but output_dir .*/run holds a run with its checkpoint of"):
+    with pytest.raises(UserError, match=r"--resume is never, but output_dir .*/run holds a run of its own at step 2"):
         run.train(configured("dpo"), resume="never")
+    stage = {"model": {"path": "x"}, "data": {"train": [{"path": "y"}]}, "objective": {"name": "sft"}}
+    config = configured("dpo", f"stages={json.dumps({'sft': stage})}", f"output_dir={finished.parent}/staged")
+    done = finished.parent / "staged" / "stages" / "sft"
+    done.mkdir(parents=True)
+    (done / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="holds the stage sft"):
+        run.train(config, resume="never")
 
 
 def test_what_a_run_cannot_go_on_from(finished: Path, train: Train, configured: Callable[..., Run], tmp_path: Path):
-    with pytest.raises(UserError, match=r"is neither a run .* nor a checkpoint in one"):
-        run.train(configured("dpo", *SAMPLES), resume=str(tmp_path / "nothing"))
+    for given, message in (
+        (str(tmp_path / "nothing"), r"--resume .*/nothing is neither a run .* nor a checkpoint in one"),
+        (f"{finished}/checkpoints/5", "is neither a run"),
+        (f"{finished}/config.yaml", "is neither a run"),
+        ("", "--resume is empty"),
+        ("gs://bucket/run", '--resume is "gs://bucket/run", an address'),
+        ("~nobody-here/run", "the home of a user whom"),
+        ("x" * 300, "too long for the name of a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.train(configured("dpo", *SAMPLES), resume=given)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(UserError) as caught:
         run.train(configured("dpo", *SAMPLES, "optimizer.learning_rate=1.0e-3"), resume=str(finished))
     assert "optimizer.learning_rate was 0.01 and is 0.001" in str(caught.value)
-    assert f"model.path={finished}/checkpoints/6 begins a new one from its weights" in str(caught.value)
+    assert f"model.path={finished}/checkpoints/6 begins a new one with its weights" in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
