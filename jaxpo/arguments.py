@@ -188,6 +188,7 @@ def parser_of(calls: Mapping[str, Call]) -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", PLAN, calls["plan"])
     _takes_config(plan)
+    plan.add_argument("--stage", metavar="NAME", help="a stage of the config (default: the run itself)")
     plan.add_argument(
         "--topology",
         metavar="KIND",

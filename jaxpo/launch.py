@@ -156,6 +156,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     plan.show(
         config,
+        arguments.stage,
         arguments.topology,
         arguments.tokens_per_example,
         search=arguments.search,

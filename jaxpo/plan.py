@@ -16,7 +16,7 @@ from jaxpo.models import scratch
 from jaxpo.models.checkpoint import read_decoder_config
 from jaxpo.models.decoder import DecoderConfig
 from jaxpo.planning.compiled import Compiled, measured
-from jaxpo.planning.hardware import GIB, SHARE, Topology, parse
+from jaxpo.planning.hardware import FRACTIONS, GIB, Topology, parse, share_of
 from jaxpo.planning.here import devices_here
 from jaxpo.planning.lengths import lengths
 from jaxpo.planning.memory import LAYER
@@ -24,7 +24,7 @@ from jaxpo.planning.search import MARGIN, Change, Estimate, changed, estimate, k
 from jaxpo.planning.speed import ASSUMPTIONS, device_flops, seconds_of, useful_flops
 from jaxpo.planning.traffic import collectives
 from jaxpo.planning.work import Batches, Step, batches_of, parameters
-from jaxpo.prepare import STAGES, attention_of, learns_rewards
+from jaxpo.prepare import STAGES, attention_of, learns_rewards, stage_of
 from jaxpo.training.mesh import axis_sizes
 
 COLORS = {"fits": "bold green", "may fit": "bold yellow", "does not fit": "bold red"}
@@ -33,17 +33,25 @@ SHOWN = 12
 
 
 def show(
-    run: Run, topology: str | None, told: tuple[int, ...] | None, *, search: bool, compiles: bool, file: Path | None
+    whole: Run,
+    stage: str | None,
+    topology: str | None,
+    told: tuple[int, ...] | None,
+    *,
+    search: bool,
+    compiles: bool,
+    file: Path | None,
 ) -> None:
-    """Print what a run takes on a topology (`hardware.parse`), or on the devices here; and write it as JSON.
+    """Print what a run, or one of its stages, takes on a topology (`hardware.parse`), or on the devices here.
 
-    told: tokens of a prompt and of each of its completions, see `lengths`.
+    file: to write it to as JSON. told: tokens of a prompt and of each of its completions, see `lengths`.
     """
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UserError(f"--json {file} cannot be written: expected the name of a file, in a folder that is there.")
+    run = whole if stage is None else stage_of(whole, stage)
     compiler.set_up(run.model.compute_dtype)
     where = None if topology is None else parse(topology)
-    model = model_of(run, run)
+    model = model_of(run, whole)
     where = devices_here(run.model.compute_dtype) if where is None else where
     now = estimate(step_of(run, model, batches_for(run, model, told), where), where)
     offered = [] if now.verdict == "fits" else knobs(now)
@@ -60,9 +68,10 @@ def show(
     if compiles:
         compiled_step, said = measured(now.step, where)
         _show_compiled(now, compiled_step, said)
-    share = SHARE[where.chip.platform]
+    share, because = share_of(where.chip.platform)
     memory = f"memory: {share:.0%} of {_size(where.chip.memory)}"
-    memory += ", which jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise" * (where.chip.platform == "gpu")
+    if where.chip.platform == "gpu":
+        memory += f", as {because} says" if because else f", which jax takes unless {FRACTIONS[0]} says otherwise"
     for line in (f"{memory}; it fits with {MARGIN:.0%} to spare, what the estimate may be wrong by.", *ASSUMPTIONS):
         _say(Text(line, style="dim"))
     if file is not None:

@@ -104,7 +104,7 @@ def prepare(run: Run, folder: Path) -> Parts:
             remat=run.model.remat,
             unroll=run.model.unroll,
             blocks=head_blocks(
-                -(-training.row_length // layout.sequence),
+                -(-training.row_length // layout.row_devices),
                 training.rows_per_device,
                 layout.platform,
                 layout.mesh.size,
@@ -360,6 +360,14 @@ def weights_of(run: Run, checkpoint: Checkpoint) -> str:
     except OSError as error:
         raise UserError(f"reference.cache_dir {cache_dir} cannot be used: {error}.") from error
     return weights_fingerprint(checkpoint.weight_files, cache_dir / "weights.json")
+
+
+def stage_of(run: Run, name: str) -> Run:
+    """A stage of the run, as --stage names it."""
+    if name not in run.stages:
+        known = ", ".join(run.stages) or "none, for the config has no stages"
+        raise UserError(f"--stage is {name}; expected one of the config's stages: {known}.")
+    return run.stages[name]
 
 
 def at_stage(run: Run, folder: Path) -> Run:

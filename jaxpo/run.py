@@ -35,6 +35,7 @@ from jaxpo.prepare import (
     check_examples,
     learns_rewards,
     prepare,
+    stage_of,
 )
 from jaxpo.references import References, is_averaged, reference_logps, reference_weights, references
 from jaxpo.run_folder import EXPORT, SAMPLES, SUMMARY, claim
@@ -108,11 +109,8 @@ def fill_reference(run: Run, where: processes.Place | None = None) -> None:
 
 def inspect_data(run: Run, stage: str | None, split: str, examples: int) -> None:
     """Print what the trainer will see of data.train or data.eval, of the run or of one of its stages."""
-    if stage is not None and stage not in run.stages:
-        known = ", ".join(run.stages) or "none, for the config has no stages"
-        raise UserError(f"--stage is {stage}; expected one of the config's stages: {known}.")
     compiler.set_up(run.model.compute_dtype)
-    one = of_same_shape(run if stage is None else run.stages[stage], place_of(run))
+    one = of_same_shape(run if stage is None else stage_of(run, stage), place_of(run))
     # A model from scratch is made for the tokenizer's sake; the run's own folder is the trainer's to write.
     with TemporaryDirectory() as folder:
         parts = prepare(one, Path(folder))

@@ -16,9 +16,10 @@
 # The same command goes on from there. A connection that is lost ends a run, too: keep gcloud in tmux.
 #
 # When it hangs: every host's last line is the message of the one that failed first, and one that is gone is given up
-#   after a minute. "did not find each other" at the start: a host has not started, or port 8476 of the first one is
-#   closed to the others (`ss -ltn` there). A chip that is in use: a process of an earlier run still lives
-#   (`pgrep -f "[j]axpo.launch"`). Anywhere: `py-spy dump --pid PID`, or `kill -ABRT PID`, on each host.
+#   after a minute. "did not find each other" at the start, or after five minutes "DEADLINE_EXCEEDED … RegisterTask": a
+#   host has not started, or port 8476 of the first one is closed to the others (`ss -ltn` there). A chip that is in
+#   use: a process of an earlier run still lives (`pgrep -f "[j]axpo.launch"`). Anywhere: `py-spy dump --pid PID`, or
+#   `kill -ABRT PID`, on each host.
 set -euo pipefail
 
 # shellcheck source=launch/environment.sh

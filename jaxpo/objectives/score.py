@@ -241,7 +241,7 @@ def within_shortest(lengths_RXB: jax.Array, slots_RS: jax.Array, indices_RS: jax
 
 
 def head_blocks(row_length: int, rows_per_device: int, platform: str, devices: int) -> Blocks:
-    """What meets the head at once.
+    """What meets the head at once, of rows of which a device has row_length tokens.
 
     On an accelerator a sixteenth of a device's tokens, so that little of the last block is computed for nothing, but
     between 128 and 1,024: fewer keep no device busy, more take memory and gain nothing; in blocks of one size. On a CPU

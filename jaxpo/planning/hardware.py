@@ -5,6 +5,7 @@ of A100, H100, H200 and HGX/DGX B200; hosts of eight, each GPU with an InfiniBan
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,27 @@ from jaxpo.errors import UserError
 GIB = 1 << 30
 # XLA makes a float32 product at the precision `highest` of six products of bfloat16 on a TPU.
 PASSES = 6
-# Of a GPU's memory jax takes three quarters unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; of a TPU's 16 GiB a
-# program gets 15.75.
+# Of a TPU's 16 GiB a program gets 15.75; of a GPU's memory jax takes three quarters, unless one of FRACTIONS says
+# otherwise.
 SHARE = {"gpu": 0.75, "tpu": 0.98, "cpu": 0.9}
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def share_of(platform: str) -> tuple[float, str | None]:
+    """The share of a device's memory that a program gets, and the variable of the environment that says so, if any.
+
+    Raises UserError where it is no such number.
+    """
+    name = next((name for name in FRACTIONS if os.environ.get(name)), None)
+    if platform != "gpu" or name is None:
+        return SHARE[platform], None
+    try:
+        share = float(os.environ[name])
+    except ValueError:
+        share = math.nan
+    if not 0.0 < share <= 1.0:
+        raise UserError(f"{name} is {os.environ[name]!r}; expected a number above 0 and no more than 1.")
+    return share, name
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class Chip:
     @property
     def usable(self) -> float:
         """Bytes that a program gets of the memory."""
-        return self.memory * SHARE[self.platform]
+        return self.memory * share_of(self.platform)[0]
 
 
 def _gpu(

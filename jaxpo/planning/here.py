@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpo.planning.hardware import BY_KIND, SHARE, Chip, Topology, of_count
+from jaxpo.planning.hardware import BY_KIND, Chip, Topology, of_count, share_of
 
 # Rows and columns of the products that are timed, and the numbers that are copied.
 PRODUCT, COPY = 2048, 1 << 26
@@ -34,7 +34,7 @@ def _measured(device: Any, count: int, compute_dtype: str) -> Chip:
     add = jax.jit(lambda a: a + 1)
     bandwidth = 8 * COPY / _seconds(lambda: add(line)) / sharing
     limit = (device.memory_stats() or {}).get("bytes_limit")
-    memory = main_memory() / sharing if limit is None else limit / SHARE[device.platform]
+    memory = main_memory() / sharing if limit is None else limit / share_of(device.platform)[0]
     return Chip(
         name=device.device_kind,
         platform=device.platform,

@@ -9,6 +9,10 @@ from jaxpo.planning.work import Step, bytes_of
 
 # The splash kernel fills heads up to its registers' width; the tiles of `blocked` reach beyond a row's end.
 LANES, TILE = 128, 128
+# Bytes of a score while `dense` makes its gradient, in float32.
+DENSE = 14
+# How often a CPU has a number of keys and values of whole rows at once.
+ROWS_ON_CPU = 3
 
 HEAD, LAYER, UPDATE = "in the head", "in the backward pass of a layer", "in the optimizer's update"
 
@@ -74,6 +78,7 @@ def memory(step: Step) -> Memory:
             "gathered weights": whole_ends + gathered_bytes(step),
             "gradients of embedding and head": 4.0 * ends,
             "a layer": layer_bytes(step),
+            "scores of attention": score_bytes(step),
             "keys and values of whole rows": row_bytes(step),
         },
         UPDATE: {**always, "moments": moments, "gradients": sums or weights, "update": update_bytes(step)},
@@ -147,7 +152,7 @@ def kept_for_backward(step: Step) -> Kept:
     products = s * (w.stream + w.up + (w.heads + w.kv_heads if step.model.qk_norm else 0))
     match step.run.model.remat:
         case "none":
-            return Kept(places * alive(step), 0.0)
+            return Kept(places * alive(step) + step.model.num_layers * whole_rows(step) * s, 0.0)
         case "full":
             return Kept(places * stream, 0.0)
         case "dots":
@@ -169,16 +174,38 @@ def layer_bytes(step: Step) -> float:
     return step.places * (again + gradients if step.platform == "cpu" else max(again, gradients))
 
 
-def row_bytes(step: Step) -> float:
-    """Keys and values of one layer, of rows that several devices share: gathered, put in order, and their gradients.
+def score_bytes(step: Step) -> float:
+    """What attention makes of all pairs of a query and a key of a row: nothing, where tiles are all that it makes.
 
-    A CPU has each also with zeros at its end, and turned.
+    `dense` makes scores and probabilities, forward and backward, and a mask; cudnn's kernels take the mask as numbers
+    that are added; splash has the mask of a row at a time.
     """
-    if step.row_part == step.run.training.row_length:
+    training, model = step.run.training, step.model
+    pairs = step.row_part * training.row_length
+    match step.attention:
+        case "dense":
+            heads = model.num_heads / step.divided(model.num_heads)
+            return training.rows_per_device * pairs * (heads * DENSE + 1)
+        case "cudnn":
+            return training.rows_per_device * pairs * (1 + bytes_of(step.run.model.compute_dtype))
+        case "splash":
+            return pairs
+        case "blocked":
+            return 0.0
+
+
+def whole_rows(step: Step) -> float:
+    """Numbers of the keys and values of one layer, of rows that several devices share; 0 where each has its own."""
+    training = step.run.training
+    if step.row_part == training.row_length:
         return 0.0
-    w, s, training = widths(step), bytes_of(step.run.model.compute_dtype), step.run.training
-    each = 2 * s + 4 + 2 * s + (2.5 * s if step.platform == "cpu" else 0)
-    return training.rows_per_device * training.row_length * 2 * w.kv_heads * each
+    return training.rows_per_device * training.row_length * 2 * widths(step).kv_heads
+
+
+def row_bytes(step: Step) -> float:
+    """Keys and values of whole rows: gathered, put in order, and their gradients; a CPU has them turned besides."""
+    s = bytes_of(step.run.model.compute_dtype)
+    return whole_rows(step) * (ROWS_ON_CPU * s if step.platform == "cpu" else 4 * s + 4)
 
 
 def gathered_bytes(step: Step) -> float:

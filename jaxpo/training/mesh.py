@@ -136,7 +136,7 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
-    def sequence(self) -> int:
+    def row_devices(self) -> int:
         """Devices that a row's tokens are split over."""
         return self.mesh.shape[SEQUENCE]
 
@@ -158,7 +158,7 @@ class Layout:
 
     def arranged(self, batch: HostBatch) -> HostBatch:
         """A packed batch in the order in which its tokens are split over devices."""
-        return batch if self.sequence == 1 else sequence.laid_out(batch, self.sequence)
+        return batch if self.row_devices == 1 else sequence.laid_out(batch, self.row_devices)
 
     def put(self, batch: HostBatch) -> DeviceBatch:
         """A packed batch on the devices: rows and tokens split over them, totals on each."""
@@ -214,7 +214,7 @@ class Layout:
 
     def summed(self, scores: Scores) -> Scores:
         """Inside `over_rows`: the scores of whole rows, from those of a device's own tokens."""
-        return scores if self.sequence == 1 else lax.psum(scores, SEQUENCE)
+        return scores if self.row_devices == 1 else lax.psum(scores, SEQUENCE)
 
     def spread(self, attention: Attention) -> Attention:
         """Inside `over_rows`: `attention`, run on every device by itself, on its own heads and its own queries."""
@@ -222,19 +222,19 @@ class Layout:
 
     def _whole_row(self, x_RT: jax.Array) -> jax.Array:
         """[R, T, ...] of all devices of a row, in the row's order."""
-        if self.sequence == 1:
+        if self.row_devices == 1:
             return x_RT
-        chunks = jnp.split(lax.all_gather(x_RT, SEQUENCE, axis=1, tiled=True), 2 * self.sequence, axis=1)
-        places = [chunk for device in range(self.sequence) for chunk in sequence.chunks_of(device, self.sequence)]
+        chunks = jnp.split(lax.all_gather(x_RT, SEQUENCE, axis=1, tiled=True), 2 * self.row_devices, axis=1)
+        places = [chunk for device in range(self.row_devices) for chunk in sequence.chunks_of(device, self.row_devices)]
         return jnp.concatenate([chunks[places.index(chunk)] for chunk in range(len(chunks))], axis=1)
 
     def _over_queries(self, attention: Attention) -> Attention:
         """`attention` for a device's two chunks of queries, over the keys and values of whole rows.
 
-        Keys and values are gathered anew for the backward pass, in which their gradients are summed to where the tokens
-        are.
+        For the backward pass keys and values are gathered anew, unless all is kept; in it their gradients are summed to
+        where the tokens are.
         """
-        if self.sequence == 1:
+        if self.row_devices == 1:
             return attention
 
         def of_chunks(
@@ -245,7 +245,7 @@ class Layout:
             window: int | None,
             _: jax.Array | None,
         ) -> jax.Array:
-            chunks = jnp.stack(sequence.chunks_of(lax.axis_index(SEQUENCE), self.sequence))
+            chunks = jnp.stack(sequence.chunks_of(lax.axis_index(SEQUENCE), self.row_devices))
             places = chunks * (q.shape[1] // len(chunks))
             return attention(q, self._whole_row(k), self._whole_row(v), context, window, places)
 

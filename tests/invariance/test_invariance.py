@@ -67,7 +67,7 @@ def train(decoder: Decoder, examples: list[Example], way: Way, offset: np.ndarra
     scorer = Scorer(
         compute_dtype="float32",
         remat=way.remat,
-        blocks=head_blocks(way.row_length // layout.sequence, way.rows, "cpu", layout.mesh.size),
+        blocks=head_blocks(way.row_length // layout.row_devices, way.rows, "cpu", layout.mesh.size),
         devices=layout,
     )
     devices = layout.batch_devices

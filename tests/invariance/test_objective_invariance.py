@@ -135,7 +135,7 @@ def scorer_of(layout: Layout, packing: Packing, kind: str, objective: Objective 
         compute_dtype="float32",
         remat="none",
         blocks=head_blocks(
-            packing.row_length // layout.sequence, packing.rows // layout.batch_devices, "cpu", layout.mesh.size
+            packing.row_length // layout.row_devices, packing.rows // layout.batch_devices, "cpu", layout.mesh.size
         ),
         statistics=everything if objective is None else objective.statistics,
         devices=layout,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpo.config import DataConfig, DataSource, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
+from jaxpo.models.attention import Implementation
 from jaxpo.models.decoder import Decoder, DecoderConfig, Rotary
 from jaxpo.planning.compiled import LIBTPU, measured
 from jaxpo.planning.hardware import parse
@@ -60,6 +61,22 @@ def test_without_libtpu_a_cpu_stands_in(small_decoder: Decoder, monkeypatch: pyt
     assert found.arguments == pytest.approx(planned.weights + planned.moments + planned.batch, rel=0.01)
     assert found.peak is not None
     assert found.peak > found.arguments
+
+
+@pytest.mark.parametrize(
+    ("attention", "sequence", "remat"), [("blocked", 4, "full"), ("blocked", 4, "none"), ("dense", 1, "full")]
+)
+def test_memory_of_shared_rows_and_of_scores_is_as_planned(
+    attention: Implementation, sequence: int, remat: str
+) -> None:
+    """On simulated devices: keys and values of whole rows, and all pairs of a row where attention makes them."""
+    model = dataclasses.replace(MODEL, vocab_size=2048, width=256, num_layers=4, head_dim=32, mlp_width=768)
+    row_length = 8190 if sequence > 1 else 2046
+    mesh = MeshConfig(data=1, fsdp=1, sequence=sequence)
+    planned_for = step(model, mesh, remat, 1, row_length, 1).with_(platform="cpu", attention=attention)
+    _, found = measured(planned_for, parse(f"h100x{sequence}"))
+    assert found.peak is not None
+    assert memory(planned_for).peak == pytest.approx(found.peak, rel=MARGIN)
 
 
 @needs_libtpu

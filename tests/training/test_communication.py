@@ -80,7 +80,9 @@ def sent(program: str) -> Iterator[Sent]:
 def program(decoder: Decoder, mesh: MeshConfig) -> str:
     """The compiled train step of one microbatch on a mesh."""
     layout = Layout(make_mesh(mesh))
-    scorer = Scorer("float32", "full", head_blocks(64 // layout.sequence, 1, "cpu", layout.mesh.size), devices=layout)
+    scorer = Scorer(
+        "float32", "full", head_blocks(64 // layout.row_devices, 1, "cpu", layout.mesh.size), devices=layout
+    )
     optimizer = make_optimizer(OptimizerConfig(), decoder.config, 10, 1.0)
     carry = jax.tree.map(np.float32, initial_carry(DPO(), Control()))
     begin: Any = np.int32(0)

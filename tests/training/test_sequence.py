@@ -117,7 +117,7 @@ def gradient(decoder: Decoder, batch: HostBatch, at: Layout, row_length: int) ->
     scorer = Scorer(
         "float32",
         "full",
-        head_blocks(row_length // at.sequence, 1, "cpu", at.mesh.size),
+        head_blocks(row_length // at.row_devices, 1, "cpu", at.mesh.size),
         attention="blocked",
         devices=at,
     )

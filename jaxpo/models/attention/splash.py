@@ -57,7 +57,7 @@ def attention(
         return out
 
     places_Q = places_of(pieces, Q, -Q % LANES)
-    # A place that fills a row up is padding, and a segment of its own.
+    # A key that fills a row up is padding, and a segment of its own.
     queries, keys = context.at(places_Q), Context(*map(whole_tiles, context))
     # The kernel does not scale scores.
     q_RNQH = heads_first((q_RQNH.astype(jnp.float32) * H**-0.5).astype(q_RQNH.dtype))
