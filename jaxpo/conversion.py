@@ -19,9 +19,9 @@ from jaxpo.models.checkpoint import SMALL_FILES, Checkpoint, read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.models.export import export
-from jaxpo.origin import START, find_step, is_trained, read_note
+from jaxpo.origin import START, find_step, is_trained
 from jaxpo.prepare import INIT, MADE_OF, at_stage, learns_rewards
-from jaxpo.run_folder import CONFIG
+from jaxpo.run_folder import CONFIG, read_object
 from jaxpo.training.checkpoint import FOLDER as CHECKPOINTS
 from jaxpo.training.checkpoint import latest_step, restore_decoder
 from jaxpo.training.mesh import Layout, make_mesh
@@ -56,15 +56,10 @@ def to_hf(source: Path, out: Path, dtype: str | None) -> None:
     else:
         run_folder, step = find_step(source, "PATH")
         run = config_file.load(run_folder / CONFIG)
-        start = (
-            str(run_folder / INIT)
-            if run.model.scratch is not None
-            else started(at_stage(run, run_folder), run_folder).model.path
-        )
-        assert start is not None
-        checkpoint = read_checkpoint(start, run.model.revision, head="score" if learns_rewards(run) else "lm")
+        start, revision = began_with(run, run_folder)
+        checkpoint = read_checkpoint(start, revision, head="score" if learns_rewards(run) else "lm")
         decoder = trained_decoder(run_folder, step, checkpoint, run.model.dtype)
-        deliver(run, checkpoint, load_tokenizer(start, run.model.revision), decoder, out, dtype)
+        deliver(run, checkpoint, load_tokenizer(start, revision), decoder, out, dtype)
     console.say(f"Hugging Face checkpoint  {out}")
 
 
@@ -79,19 +74,21 @@ def started(run: Run, folder: Path) -> Run:
         return run
 
     def wanted() -> dict[str, Any] | None:
-        """What `start` is to be made of, None if it serves as it is: one answer, for the other run may go on."""
-        note = read_note(start / MADE_OF)
+        """What `start` is to be made of, None if of nothing: one answer, for the other run may go on."""
+        note = read_object(start / MADE_OF)
         if note is not None and note["path"] == path and latest_step(folder) is not None:
+            return note
+        if not is_trained(Path(path).expanduser()):
             return None
         source, step = find_step(Path(path).expanduser(), "model.path")
-        made_of = {"path": path, "run": str(source.absolute()), "step": step}
-        return None if note == made_of else made_of
+        return {"path": path, "run": str(source.absolute()), "step": step}
 
-    if not processes.same(lambda: (start / MADE_OF).exists() or is_trained(Path(path).expanduser())):
+    made_of = processes.same(wanted)
+    if made_of is None:
         return run
     if run.model.revision is not None:
         raise UserError(f"model.revision has no effect: model.path {path} is a run; leave it out.")
-    if (made_of := processes.same(wanted)) is not None:
+    if processes.same(lambda: read_object(start / MADE_OF)) != made_of:
         if processes.is_first() and start.exists():
             shutil.rmtree(start)
         to_hf(Path(made_of["run"]) / CHECKPOINTS / str(made_of["step"]), start, None)
@@ -107,13 +104,23 @@ def of_same_shape(run: Run, folder: Path) -> Run:
     folder: of the whole run, whose stages it may name.
     """
     run = at_stage(run, folder)
-    while run.model.path is not None and is_trained(Path(run.model.path).expanduser()):
-        source, _ = find_step(Path(run.model.path).expanduser(), "model.path")
-        made = next((source / name for name in (INIT, START) if (source / name).exists()), None)
-        before = at_stage(config_file.load(source / CONFIG), source)
-        path = before.model.path if made is None else str(made)
-        run = replace(run, model=replace(run.model, path=path, revision=before.model.revision))
-    return run
+    if run.model.path is None or not is_trained(Path(run.model.path).expanduser()):
+        return run
+    source, _ = find_step(Path(run.model.path).expanduser(), "model.path")
+    path, revision = began_with(config_file.load(source / CONFIG), source)
+    return replace(run, model=replace(run.model, path=path, revision=revision))
+
+
+def began_with(run: Run, folder: Path) -> tuple[str, str | None]:
+    """The path and the revision of a model of the config and tokenizer that the run in `folder` trains."""
+    if run.model.scratch is not None:
+        return str(folder / INIT), None
+    note = read_object(folder / START / MADE_OF)
+    if note is not None and note["path"] == run.model.path:
+        return str(folder / START), None
+    model = of_same_shape(run, folder).model
+    assert model.path is not None
+    return model.path, model.revision
 
 
 def check_paths(source: str, out: Path) -> None:

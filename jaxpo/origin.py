@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxpo import atomic, config_file
 from jaxpo.config import Run
 from jaxpo.config_checks import path_problem
 from jaxpo.errors import UserError
 from jaxpo.prepare import INIT, STAGES
-from jaxpo.run_folder import CONFIG, INPUTS, SAMPLES, SUMMARY, changes
+from jaxpo.run_folder import CONFIG, INPUTS, SAMPLES, SUMMARY, changes, read_object
 from jaxpo.training import metrics
 from jaxpo.training.checkpoint import FOLDER as CHECKPOINTS
 from jaxpo.training.checkpoint import latest_step, steps_of
@@ -53,7 +53,7 @@ def chosen(folder: Path, run: Run, resume: str) -> Origin | None:
         raise UserError("--resume is empty; expected auto, never, a run or a checkpoint in one.")
     if problem := path_problem(resume):
         raise UserError(f"--resume {problem}.")
-    note = read_note(folder / NOTE)
+    note = read_object(folder / NOTE)
     if note is not None and note["resume"] == resume:
         return None if note["complete"] else Origin(Path(note["run"]), note["step"])
     if has_begun(folder):
@@ -117,21 +117,9 @@ def _linked(source: str, target: str) -> str:
     """A file at a second place, as a link if they are on one file system that has them: it is never changed."""
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise
     except OSError:
         shutil.copy2(source, target)
     return target
-
-
-def read_note(path: Path) -> dict[str, Any] | None:
-    """What is noted in a file, None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}. Expected a JSON object; move the file away.") from error
 
 
 def is_trained(path: Path) -> bool:

@@ -38,7 +38,7 @@ from jaxpo.prepare import (
     stage_of,
 )
 from jaxpo.references import References, is_averaged, reference_logps, reference_weights, references
-from jaxpo.run_folder import EXPORT, SAMPLES, SUMMARY, claim
+from jaxpo.run_folder import EXPORT, SAMPLES, SUMMARY, claim, read_object
 from jaxpo.training import loop, metrics
 from jaxpo.training.checkpoint import Checkpoints, latest_step, restore_decoder
 from jaxpo.training.control import Control, Stop
@@ -189,7 +189,7 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     abstract = abstract_state(run, config, parts.layout, optimizer, control)
     sync = make_sync(parts)
     # A resumed run makes up for answers whose file was moved away.
-    if not first or processes.same(lambda: "before" not in read_samples(folder / SAMPLES)):
+    if not first or processes.same(lambda: "before" not in (read_object(folder / SAMPLES) or {})):
         with progress.timed("samples"):
             sample(parts, folder, initial, "before")
     if first:
@@ -304,20 +304,10 @@ def sample(parts: Parts, folder: Path, decoder: Callable[[], Decoder], when: str
     if not processes.is_first():
         return
     path = folder / SAMPLES
-    so_far = read_samples(path)
+    so_far = read_object(path) or {}
     so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
     so_far[when] = [parts.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
     atomic.write_text(path, json.dumps(so_far, indent=1, ensure_ascii=False))
-
-
-def read_samples(path: Path) -> dict[str, Any]:
-    """What samples.json holds so far."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}. Expected a JSON object; move the file away.") from error
 
 
 def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Trained) -> None:

@@ -110,6 +110,16 @@ def check_shared(folder: Path) -> None:
         path.unlink()
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a small file of a run's folder, None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}. Expected a JSON object; move the file away.") from error
+
+
 def check_same_run(folder: Path, run: Run) -> None:
     """Raise UserError if the folder holds something else than this run: nothing that was learnt is overwritten."""
     if not (folder / CONFIG).exists():

@@ -39,12 +39,11 @@ class Packing:
         """Tokens [N] that examples take in a row, from prompt lengths [N] and completion lengths [N, K]."""
         return prompt * self._copies(completions) + completions.sum(axis=1)
 
-    def seen(self, prompt: np.ndarray, completions: np.ndarray) -> np.ndarray:
+    def seen(self, prompt: np.ndarray, completions: np.ndarray, window: int | None = None) -> np.ndarray:
         """Keys [N] that the tokens of examples see, all together: what attention by segments costs."""
         prompt, completions = prompt.astype(np.int64), completions.astype(np.int64)
-        own = (completions * (completions + 1) // 2).sum(axis=1)
-        of_prompts = self._copies(completions) * (prompt * (prompt + 1) // 2)
-        return of_prompts + prompt * completions.sum(axis=1) + own
+        of_prompt, of_both = _seen_in_turn(prompt, window), _seen_in_turn(prompt[:, None] + completions, window)
+        return self._copies(completions) * of_prompt + (of_both - of_prompt[:, None]).sum(axis=1)
 
     def _copies(self, completions: np.ndarray) -> np.ndarray | int:
         """How often a row holds each prompt."""
@@ -71,6 +70,12 @@ class Packing:
     def shape_of(self, T: int, num_microbatches: int) -> int:
         """Microbatches that arrays of rows of T tokens have places for."""
         return max(bucket(num_microbatches), bucket(self.microbatches * self.row_length // T))
+
+
+def _seen_in_turn(n: np.ndarray, window: int | None) -> np.ndarray:
+    """Keys that n tokens see, each those before it and itself, but no more than `window`."""
+    full = n if window is None else np.minimum(n, window)
+    return full * (full + 1) // 2 + (n - full) * full
 
 
 class Place(NamedTuple):

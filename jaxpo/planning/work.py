@@ -65,9 +65,7 @@ def batches_of(prompts: np.ndarray, completions: np.ndarray, run: Run, window: i
     prompts, completions = prompts[chosen], completions[chosen]
     sizes = packing.size(prompts, completions)
     rows = [len(packing.rows_of(part.tolist())[1]) for part in np.split(sizes, len(chosen) // size)]
-    copies = np.ones_like(prompts) if training.share_prompt else np.count_nonzero(completions, axis=1)
-    whole = np.where(completions > 0, prompts[:, None] + completions, prompts[:, None])
-    seen = copies * _triangle(prompts, window) + (_triangle(whole, window) - _triangle(prompts, window)[:, None]).sum(1)
+    seen = packing.seen(prompts, completions, window)
     scored = completions.sum(axis=1) + (prompts - 1) * packing.score_prompt
     times = len(rows)
     return Batches(
@@ -76,13 +74,6 @@ def batches_of(prompts: np.ndarray, completions: np.ndarray, run: Run, window: i
         float(sizes.sum() / (sum(rows) * training.row_length)),
         origin,
     )
-
-
-def _triangle(n: np.ndarray, window: int | None) -> np.ndarray:
-    """Keys that n tokens in a row see, each those before it and itself, but no more than `window`."""
-    n = n.astype(np.int64)
-    full = n if window is None else np.minimum(n, window)
-    return full * (full + 1) // 2 + (n - full) * full
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,7 @@ def on_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """An array that every process has, on the devices of all: each process moves what its own devices hold."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
-    places = sharding.addressable_devices_indices_map(array.shape)
-    parts = [jax.device_put(array[index], device) for device, index in places.items()]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 @dataclass(frozen=True)
