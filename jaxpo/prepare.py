@@ -82,15 +82,7 @@ def prepare(run: Run, folder: Path) -> Parts:
     for note in checkpoint.notes:
         console.say(note)
     tokenizer = load_tokenizer(path, revision)
-    training = run.training
-    packing = Packing(
-        row_length=training.row_length,
-        rows=training.rows_per_device * layout.batch_devices,
-        devices=layout.batch_devices,
-        packed=training.packing,
-        share_prompt=training.share_prompt,
-        score_prompt="prompt" in run.objective.statistics,
-    )
+    packing = packing_of(run, layout.batch_devices)
     parts = Parts(
         run=run,
         checkpoint=checkpoint,
@@ -99,24 +91,39 @@ def prepare(run: Run, folder: Path) -> Parts:
         eval=corpus(run, run.data.eval, tokenizer) if run.data.eval else None,
         layout=layout,
         packing=packing,
-        scorer=Scorer(
-            compute_dtype=run.model.compute_dtype,
-            remat=run.model.remat,
-            unroll=run.model.unroll,
-            blocks=head_blocks(
-                -(-training.row_length // layout.row_devices),
-                training.rows_per_device,
-                layout.platform,
-                layout.mesh.size,
-            ),
-            statistics=run.objective.statistics,
-            attention=attention_of(run, layout.platform, checkpoint.decoder_config.head_dim),
-            devices=layout,
-        ),
+        scorer=scorer_of(run, layout, attention_of(run, layout.platform, checkpoint.decoder_config.head_dim)),
     )
     for key, one in zip(("data.train", "data.eval"), parts.corpora, strict=False):
         warn_of_one_kind(run, one, key)
     return dataclasses.replace(parts, packing=suited(packing, run, parts.train))
+
+
+def packing_of(run: Run, devices: int) -> Packing:
+    """How the run's examples lie in rows that are split over so many devices."""
+    training = run.training
+    return Packing(
+        row_length=training.row_length,
+        rows=training.rows_per_device * devices,
+        devices=devices,
+        packed=training.packing,
+        share_prompt=training.share_prompt,
+        score_prompt="prompt" in run.objective.statistics,
+    )
+
+
+def scorer_of(run: Run, layout: Layout, implementation: attention.Implementation) -> Scorer:
+    """The numerics of the run's forward pass."""
+    training = run.training
+    row_part = -(-training.row_length // layout.row_devices)
+    return Scorer(
+        compute_dtype=run.model.compute_dtype,
+        remat=run.model.remat,
+        unroll=run.model.unroll,
+        blocks=head_blocks(row_part, training.rows_per_device, layout.platform, layout.mesh.size),
+        statistics=run.objective.statistics,
+        attention=implementation,
+        devices=layout,
+    )
 
 
 def suited(packing: Packing, run: Run, corpus: Corpus) -> Packing:

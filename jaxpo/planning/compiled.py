@@ -101,7 +101,7 @@ def program(step: Step, devices: Sequence[Any]) -> Program:
     import numpy as np
     from jax.sharding import AxisType, Mesh
 
-    from jaxpo.objectives.score import Scorer, head_blocks
+    from jaxpo.prepare import scorer_of
     from jaxpo.run import abstract_state
     from jaxpo.training.control import Control
     from jaxpo.training.mesh import AXES, Layout
@@ -110,16 +110,7 @@ def program(step: Step, devices: Sequence[Any]) -> Program:
 
     run, sizes = step.run, tuple(step.sizes.values())
     layout = Layout(Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)))
-    rows = run.training.rows_per_device
-    scorer = Scorer(
-        compute_dtype=run.model.compute_dtype,
-        remat=run.model.remat,
-        unroll=run.model.unroll,
-        blocks=head_blocks(step.row_part, rows, step.platform, step.devices),
-        statistics=run.objective.statistics,
-        attention=step.attention,
-        devices=layout,
-    )
+    scorer = scorer_of(run, layout, step.attention)
     control = Control(run.control.adaptive_beta)
     optimizer = make_optimizer(run.optimizer, step.model, 1000, run.training.max_grad_norm, run.model.dtype)
     return Program(
@@ -168,16 +159,11 @@ def _abstract_batch(step: Step, layout: Any) -> Any:
     from jax.sharding import NamedSharding
 
     from jaxpo.batch import DeviceBatch, Example
-    from jaxpo.data.pack import Packing, pack
+    from jaxpo.data.pack import pack
+    from jaxpo.prepare import packing_of
 
-    training, word = step.run.training, np.ones(1, np.int32)
-    packing = Packing(
-        training.row_length,
-        training.rows_per_device * layout.batch_devices,
-        microbatches=step.shape,
-        devices=layout.batch_devices,
-        score_prompt="prompt" in step.run.objective.statistics,
-    )
+    word = np.ones(1, np.int32)
+    packing = dataclasses.replace(packing_of(step.run, layout.batch_devices), microbatches=step.shape)
     packed, _ = pack([Example("", word, (word,) * step.run.objective.num_completions)], None, packing)
     batch = layout.arranged(packed)
 

@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from jaxpo.config import Run
-from jaxpo.data.pack import Packing, bucket, check_fits
+from jaxpo.data.pack import bucket, check_fits
 from jaxpo.models.attention import Implementation
 from jaxpo.models.decoder import LOGICAL_AXES, DecoderConfig, abstract_decoder, by_path
 from jaxpo.objectives.score import head_blocks
+from jaxpo.prepare import packing_of
 from jaxpo.training.flops import Counts
 from jaxpo.training.mesh import AXES, BATCH_AXES, RULES, SEQUENCE, Layout
 
@@ -51,13 +52,7 @@ def batches_of(prompts: np.ndarray, completions: np.ndarray, run: Run, window: i
     Raises UserError where an example is longer than a row.
     """
     training = run.training
-    packing = Packing(
-        training.row_length,
-        1,
-        packed=training.packing,
-        share_prompt=training.share_prompt,
-        score_prompt="prompt" in run.objective.statistics,
-    )
+    packing = packing_of(run, 1)
     check_fits(packing, prompts, completions, lambda i: f"{i + 1} of {origin}")
     size, N = training.batch_size, len(prompts)
     order = np.random.default_rng(training.seed).permutation(N) if run.data.shuffle else np.arange(N)

@@ -3,12 +3,13 @@
 import dataclasses
 import os
 
+import host_peak
 import numpy as np
 import pytest
 
 from jaxpo.config import DataConfig, DataSource, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
 from jaxpo.models.attention import Implementation
-from jaxpo.models.decoder import Decoder, DecoderConfig, Rotary
+from jaxpo.models.decoder import Decoder, DecoderConfig
 from jaxpo.planning.compiled import LIBTPU, measured
 from jaxpo.planning.hardware import parse
 from jaxpo.planning.memory import memory
@@ -16,7 +17,8 @@ from jaxpo.planning.search import MARGIN
 from jaxpo.planning.work import Step, batches_of
 
 needs_libtpu = pytest.mark.skipif(LIBTPU not in os.environ, reason=f"{LIBTPU} names no folder with libtpu")
-MODEL = DecoderConfig(
+MODEL = dataclasses.replace(
+    host_peak.MODEL,
     vocab_size=32_768,
     width=1024,
     num_layers=12,
@@ -24,16 +26,6 @@ MODEL = DecoderConfig(
     num_kv_heads=4,
     head_dim=128,
     mlp_width=4096,
-    mlp="gated",
-    activation="silu",
-    norm="rms",
-    norm_eps=1e-5,
-    positions=Rotary(10_000.0),
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    head="tied",
 )
 
 
