@@ -10,7 +10,7 @@ the MLP, V vocabulary, L layers.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,17 @@ class LayerNorm(nnx.Module):
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
+class Shared(NamedTuple):
+    """What all layers of a forward pass have in common.
+
+    rotate: queries or keys by their positions. attend, parts: see `Decoder.hidden`.
+    """
+
+    rotate: Callable[[jax.Array], jax.Array]
+    attend: CachedAttend
+    parts: Parts | None
+
+
 class Attention(nnx.Module):
     """Queries, keys and values of a layer, and the projection of what `attend` makes of them."""
 
@@ -188,20 +199,15 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(H, config.norm_eps, dtype) if config.qk_norm else None
         self.key_norm = RMSNorm(H, config.norm_eps, dtype) if config.qk_norm else None
 
-    def __call__(
-        self,
-        x_RTD: jax.Array,
-        rotate: Callable[[jax.Array], jax.Array],
-        attend: CachedAttend,
-        cache: Any,
-        parts: Parts | None,
-    ) -> tuple[jax.Array, Any]:
-        q_RTNH, k_RTKH, v_RTKH = together(x_RTD, parts, self.query, self.key, self.value)
+    def __call__(self, x_RTD: jax.Array, shared: Shared, cache: Any) -> tuple[jax.Array, Any]:
+        q_RTNH, k_RTKH, v_RTKH = together(x_RTD, shared.parts, self.query, self.key, self.value)
         if self.query_norm is not None and self.key_norm is not None:
             q_RTNH, k_RTKH = self.query_norm(q_RTNH), self.key_norm(k_RTKH)
-        q_RTNH, k_RTKH, v_RTKH = (named_anywhere(x, "qkv") for x in (rotate(q_RTNH), rotate(k_RTKH), v_RTKH))
-        out_RTNH, cache = attend(q_RTNH, k_RTKH, v_RTKH, cache)
-        return self.out(out_RTNH, parts), cache
+        q_RTNH, k_RTKH, v_RTKH = (
+            named_anywhere(x, "qkv") for x in (shared.rotate(q_RTNH), shared.rotate(k_RTKH), v_RTKH)
+        )
+        out_RTNH, cache = shared.attend(q_RTNH, k_RTKH, v_RTKH, cache)
+        return self.out(out_RTNH, shared.parts), cache
 
 
 def _gated(activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -255,17 +261,10 @@ class Block(nnx.Module):
         self.mlp_norm = NORMS[config.norm](config.width, config.norm_eps, dtype)
         self.mlp = MLPS[config.mlp](config, mlp_key, dtype)
 
-    def __call__(
-        self,
-        x_RTD: jax.Array,
-        rotate: Callable[[jax.Array], jax.Array],
-        attend: CachedAttend,
-        cache: Any,
-        parts: Parts | None,
-    ) -> tuple[jax.Array, Any]:
-        attended_RTD, cache = self.attention(self.attention_norm(x_RTD), rotate, attend, cache, parts)
+    def __call__(self, x_RTD: jax.Array, shared: Shared, cache: Any) -> tuple[jax.Array, Any]:
+        attended_RTD, cache = self.attention(self.attention_norm(x_RTD), shared, cache)
         x_RTD = x_RTD + attended_RTD
-        return x_RTD + self.mlp(self.mlp_norm(x_RTD), parts), cache
+        return x_RTD + self.mlp(self.mlp_norm(x_RTD), shared.parts), cache
 
 
 class Decoder(nnx.Module):
@@ -339,11 +338,11 @@ class Decoder(nnx.Module):
         x_RTD = self.embedding[...][tokens_RT].astype(compute_dtype)
         if self.position_embedding is not None:
             x_RTD = x_RTD + self.position_embedding[...][positions_RT].astype(compute_dtype)
-        rotate = _rotation(self.config, positions_RT)
+        shared = Shared(_rotation(self.config, positions_RT), attend, parts)
 
         def layer(x: jax.Array, block_and_cache: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, layer_cache = block_and_cache
-            return block(named_anywhere(x, "input"), rotate, attend, layer_cache, parts)
+            return block(named_anywhere(x, "input"), shared, layer_cache)
 
         x_RTD, cache = jax.lax.scan(_rematerialised(layer, remat), x_RTD, (self.blocks, cache), unroll=unroll)
         return self.final_norm(x_RTD), cache
