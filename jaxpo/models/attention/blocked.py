@@ -13,7 +13,9 @@ takes rows on its left and columns on its right, and a maximum or a sum goes ove
 is several times slower.
 
 Shape legend: R rows, T tokens of a row, P pieces that its queries come in (of queries there are R * P rows), C tokens
-of a tile, N query heads, K key and value heads, G = N / K heads of queries to one of keys, H head size.
+of a tile, N query heads, K key and value heads, G = N / K heads of queries to one of keys, H head size, S = T * G
+queries that meet the same key head (Q of a tile): token by token, and of a token head by head, so that a tile's lie
+side by side.
 """
 
 from collections.abc import Callable
@@ -107,14 +109,14 @@ def _forward(
     K, H = k.shape[2:]
     G, scale = q.shape[2] // K, H**-0.5
     q_kept, k_kept, v_kept = _filled(q, cut, segments), *(_filled(x, Cut(tile, 0), segments) for x in (k, v))
-    q_RKHGT, k_RKTH, v_RKHT = _queries_last(q_kept, K), _heads_first(k_kept), _tokens_last(v_kept)
+    q_RKHS, k_RKTH, v_RKHT = _queries_last(q_kept, K), _heads_first(k_kept), _tokens_last(v_kept)
     tiles = tiles_of(segments, cut, starts_P, q.shape[1])
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        out_RKHGT, lse_RKGT = so_far
+        out_RKHS, lse_RKS = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         p, here = tiles.piece[n], tiles.place[n]
-        q_KHQ = _tile(q_RKHGT, p, here, tile, axis=4).reshape(K, H, G * tile)
+        q_KHQ = _tile(q_RKHS, p, here * G, tile * G, axis=3)
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
@@ -128,47 +130,47 @@ def _forward(
             out_KHQ = out_KHQ * shrink_KQ[:, None] + _dot("khc,kcq->khq", v_KHC, weights_KCQ.astype(q.dtype))
             return new_KQ, sum_KQ * shrink_KQ + weights_KCQ.sum(axis=1), out_KHQ
 
-        nothing_KQ = jnp.zeros((K, G * tile), jnp.float32)
-        start = (nothing_KQ + HIDDEN, nothing_KQ, jnp.zeros((K, H, G * tile), jnp.float32))
+        nothing_KQ = jnp.zeros((K, tile * G), jnp.float32)
+        start = (nothing_KQ + HIDDEN, nothing_KQ, jnp.zeros((K, H, tile * G), jnp.float32))
         top_KQ, sum_KQ, out_KHQ = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
-        out = (out_KHQ / sum_KQ[:, None]).reshape(1, K, H, G, tile)
-        lse = (top_KQ + jnp.log(sum_KQ)).reshape(1, K, G, tile)
+        out = (out_KHQ / sum_KQ[:, None])[None]
+        lse = (top_KQ + jnp.log(sum_KQ))[None]
         # What lies behind the segment's end is the next one's, whose tiles are still to be written.
         return (
-            lax.dynamic_update_slice(out_RKHGT, out, (p, 0, 0, 0, here)),
-            lax.dynamic_update_slice(lse_RKGT, lse, (p, 0, 0, here)),
+            lax.dynamic_update_slice(out_RKHS, out, (p, 0, 0, here * G)),
+            lax.dynamic_update_slice(lse_RKS, lse, (p, 0, here * G)),
         )
 
-    R, _, _, _, T = q_RKHGT.shape
-    start = (jnp.zeros(q_RKHGT.shape, jnp.float32), jnp.zeros((R, K, G, T), jnp.float32))
-    out_RKHGT, lse_RKGT = lax.fori_loop(0, tiles.number, of_queries, start)
-    out = named(_queries(_tokens_first(out_RKHGT), before, q.shape[1]).astype(q.dtype), "attention")
-    lse_RKGT = checkpoint_name(lse_RKGT, "attention")
-    return out, (*map(keep, (q, k, v, out)), segments, sight, starts_P, lse_RKGT)
+    R, _, _, S = q_RKHS.shape
+    start = (jnp.zeros(q_RKHS.shape, jnp.float32), jnp.zeros((R, K, S), jnp.float32))
+    out_RKHS, lse_RKS = lax.fori_loop(0, tiles.number, of_queries, start)
+    out = named(_queries(_tokens_first(out_RKHS, G), before, q.shape[1]).astype(q.dtype), "attention")
+    lse_RKS = checkpoint_name(lse_RKS, "attention")
+    return out, (*map(keep, (q, k, v, out)), segments, sight, starts_P, lse_RKS)
 
 
 def _backward(cut: Cut, saved: Any, d_out: jax.Array):
     tile, before = cut
-    *kept, segments, sight, starts_P, lse_RKGT = saved
+    *kept, segments, sight, starts_P, lse_RKS = saved
     q, k, v, out = map(restore, kept)
     T, K, H = k.shape[1:]
     G, scale = q.shape[2] // K, H**-0.5
     q_kept, d_out_kept = (_filled(x, cut, segments) for x in (q, d_out))
     k_kept, v_kept = (_filled(x, Cut(tile, 0), segments) for x in (k, v))
-    q_RKGTH, d_out_RKGTH = _grouped(q_kept, K), _grouped(d_out_kept, K)
-    q_RKHGT, d_out_RKHGT = _queries_last(q_kept, K), _queries_last(d_out_kept, K)
+    q_RKSH, d_out_RKSH = _grouped(q_kept, K), _grouped(d_out_kept, K)
+    q_RKHS, d_out_RKHS = _queries_last(q_kept, K), _queries_last(d_out_kept, K)
     k_RKTH, k_RKHT, v_RKTH = _heads_first(k_kept), _tokens_last(k_kept), _heads_first(v_kept)
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    inner_RKGT = _grouped(filled(inner, tile, before), K)[..., 0]
+    inner_RKS = _grouped(filled(inner, tile, before), K)[..., 0]
     tiles = tiles_of(segments, cut, starts_P, q.shape[1])
 
     def of_queries(n: jax.Array, so_far: tuple[jax.Array, jax.Array, jax.Array]):
-        d_q_RKHGT, d_k_RKTH, d_v_RKTH = so_far
+        d_q_RKHS, d_k_RKTH, d_v_RKTH = so_far
         r, i, first = tiles.row[n], tiles.begin[n], tiles.segment[n]
         p, here = tiles.piece[n], tiles.place[n]
-        q_KQH, d_out_KQH = (_tile(x, p, here, tile, axis=3).reshape(K, G * tile, H) for x in (q_RKGTH, d_out_RKGTH))
-        q_KHQ, d_out_KHQ = (_tile(x, p, here, tile, axis=4).reshape(K, H, G * tile) for x in (q_RKHGT, d_out_RKHGT))
-        lse_KQ, inner_KQ = (_tile(x, p, here, tile, axis=3).reshape(K, 1, G * tile) for x in (lse_RKGT, inner_RKGT))
+        q_KQH, d_out_KQH = (_tile(x, p, here * G, tile * G, axis=2) for x in (q_RKSH, d_out_RKSH))
+        q_KHQ, d_out_KHQ = (_tile(x, p, here * G, tile * G, axis=3) for x in (q_RKHS, d_out_RKHS))
+        lse_KQ, inner_KQ = (_tile(x, p, here * G, tile * G, axis=2)[:, None] for x in (lse_RKS, inner_RKS))
         sight_Q = _sight(segments, sight, r, i, tile, G)
 
         def of_keys(m: jax.Array, sums: tuple[jax.Array, jax.Array, jax.Array]):
@@ -178,23 +180,23 @@ def _backward(cut: Cut, saved: Any, d_out: jax.Array):
             k_KHC = _tile(k_RKHT, r, j, tile, axis=3)
             scores_KCQ = _dot("kch,khq->kcq", k_KCH, q_KHQ) * scale
             seen_CQ = sight_Q.see(j + jnp.arange(tile)[:, None])
-            probs_KCQ = jnp.where(seen_CQ, jnp.exp(scores_KCQ - lse_KQ), 0.0)
+            probs_KCQ = jnp.exp(jnp.where(seen_CQ, scores_KCQ - lse_KQ, HIDDEN))
             d_probs_KCQ = _dot("kch,khq->kcq", v_KCH, d_out_KHQ)
             d_scores_KCQ = (probs_KCQ * (d_probs_KCQ - inner_KQ) * scale).astype(q.dtype)
             d_k_RKTH = _add_to_tile(d_k_RKTH, _dot("kcq,kqh->kch", d_scores_KCQ, q_KQH), r, j)
             d_v_RKTH = _add_to_tile(d_v_RKTH, _dot("kcq,kqh->kch", probs_KCQ.astype(q.dtype), d_out_KQH), r, j)
             return d_q_KHQ + _dot("khc,kcq->khq", k_KHC, d_scores_KCQ), d_k_RKTH, d_v_RKTH
 
-        start = (jnp.zeros((K, H, G * tile), jnp.float32), d_k_RKTH, d_v_RKTH)
+        start = (jnp.zeros((K, H, tile * G), jnp.float32), d_k_RKTH, d_v_RKTH)
         d_q_KHQ, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, (i - first) // tile + 1, of_keys, start)
-        d_q = d_q_KHQ.reshape(1, K, H, G, tile)
-        return lax.dynamic_update_slice(d_q_RKHGT, d_q, (p, 0, 0, 0, here)), d_k_RKTH, d_v_RKTH
+        d_q = d_q_KHQ[None]
+        return lax.dynamic_update_slice(d_q_RKHS, d_q, (p, 0, 0, here * G)), d_k_RKTH, d_v_RKTH
 
     nothing_RKTH = jnp.zeros(k_RKTH.shape, jnp.float32)
-    start = (jnp.zeros(q_RKHGT.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
-    d_q_RKHGT, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
+    start = (jnp.zeros(q_RKHS.shape, jnp.float32), nothing_RKTH, nothing_RKTH)
+    d_q_RKHS, d_k_RKTH, d_v_RKTH = lax.fori_loop(0, tiles.number, of_queries, start)
     Q = q.shape[1]
-    d_q = _written(lambda x: _queries(_tokens_first(x), before, Q).astype(q.dtype), d_q_RKHGT, segments)
+    d_q = _written(lambda x: _queries(_tokens_first(x, G), before, Q).astype(q.dtype), d_q_RKHS, segments)
     d_k, d_v = (_written(lambda x: _heads_first(x)[:, :T].astype(q.dtype), x, segments) for x in (d_k_RKTH, d_v_RKTH))
     return d_q, d_k, d_v, None, None, None
 
@@ -231,20 +233,20 @@ def _dot(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _grouped(x_RTNH: jax.Array, K: int) -> jax.Array:
-    """[R, T, N, H] as [R, K, G, T, H]."""
+    """[R, T, N, H] as [R, K, S, H]."""
     R, T, N, H = x_RTNH.shape
-    return x_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return x_RTNH.reshape(R, T, K, N // K, H).swapaxes(1, 2).reshape(R, K, -1, H)
 
 
 def _queries_last(x_RTNH: jax.Array, K: int) -> jax.Array:
-    """[R, T, N, H] as [R, K, H, G, T]."""
-    R, T, N, H = x_RTNH.shape
-    return x_RTNH.reshape(R, T, K, N // K, H).transpose(0, 2, 4, 3, 1)
+    """[R, T, N, H] as [R, K, H, S]."""
+    return _grouped(x_RTNH, K).swapaxes(2, 3)
 
 
-def _tokens_first(x_RKHGT: jax.Array) -> jax.Array:
-    R, K, H, G, T = x_RKHGT.shape
-    return x_RKHGT.transpose(0, 4, 1, 3, 2).reshape(R, T, K * G, H)
+def _tokens_first(x_RKHS: jax.Array, G: int) -> jax.Array:
+    """[R, K, H, S] as [R, T, N, H]."""
+    R, K, H, S = x_RKHS.shape
+    return x_RKHS.swapaxes(2, 3).reshape(R, K, S // G, G, H).swapaxes(1, 2).reshape(R, S // G, K * G, H)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
@@ -268,7 +270,7 @@ def _add_to_tile(x_RKTH: jax.Array, d_KCH: jax.Array, r: jax.Array, j: jax.Array
 
 
 def _sight(segments: jax.Array, sight: Ranges, r: jax.Array, i: jax.Array, tile: int, G: int) -> Ranges:
-    """What the queries of a tile see, once for each of a group's G heads: fields [G * C].
+    """What the queries of a tile see, each token's once for each of a group's G heads: fields [C * G].
 
     Queries behind the segment's end see nothing here: they have tiles of their own.
     """
@@ -276,4 +278,4 @@ def _sight(segments: jax.Array, sight: Ranges, r: jax.Array, i: jax.Array, tile:
     segments_C = _tile(segments, r, i, tile, axis=1)
     within = segments_C == segments_C[0]
     fields = Ranges(prompt, jnp.where(within, prompt_end, 0), own, jnp.where(within, own_last, -1))
-    return Ranges(*(jnp.tile(field, G) for field in fields))
+    return Ranges(*(jnp.repeat(field, G) for field in fields))
