@@ -16,6 +16,7 @@ DRIVER = Path(__file__).with_name("train_each.py")
 STEP = 4
 ONLY_TRAINS = ("data.eval=[]", "training.eval_every=null")
 NEVER_STOPPED = "itself, never stopped"
+WEIGHTS = "the weights alone of fsdp 8"
 
 
 class Setting(NamedTuple):
@@ -40,14 +41,16 @@ HERE = ("fsdp 8", "fsdp 4 x tensor 2")
 def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], Path]:
     """Folders of finished runs by (setting that saved step 4, setting that went on), and of each that never stopped.
 
-    All share one reference table, and have no more than they need. Each setting trains what it has to in one go.
+    One process and four besides begin a run of their own with the weights that fsdp 8 saved. All share one reference
+    table for each model, and have no more than they need. Each setting trains what it has to in one go.
     """
     folder = tmp_path_factory.mktemp("matrix")
     found = {pair: folder / " to ".join(pair).replace(" ", "-") for pair in product(SETTINGS, SETTINGS)}
     saved = {name: folder / name.replace(" ", "-") for name in SETTINGS}
 
-    def described(to: Path, setting: Setting, after: Path | None) -> dict[str, Any]:
+    def described(to: Path, setting: Setting, after: Path | None, *more: str) -> dict[str, Any]:
         changes = (
+            *more,
             f"output_dir={to}",
             f"reference.cache_dir={folder}/reference",
             f"mesh={setting.mesh}",
@@ -80,11 +83,16 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[
     goes_on = {
         name: [described(found[other, name], SETTINGS[name], saved[other]) for other in SETTINGS] for name in SETTINGS
     }
+    warm = {name: folder / f"{name.replace(' ', '-')}-warm" for name in ("one device", four)}
+    for name, to in warm.items():
+        start = f"model.path={saved['fsdp 8']}/checkpoints/{STEP}"
+        goes_on[name].append(described(to, SETTINGS[name], None, start))
     train(four, described(saved[four], SETTINGS[four], None), *goes_on[four])
     for name in SETTINGS:
         if name != four:
             train(name, *goes_on[name])
-    return found | {(name, NEVER_STOPPED): saved[name] for name in SETTINGS}
+    never_stopped = {(name, NEVER_STOPPED): saved[name] for name in SETTINGS}
+    return found | never_stopped | {(WEIGHTS, name): to for name, to in warm.items()}
 
 
 @pytest.mark.parametrize("saved", [name for name in SETTINGS if name != "one device"])
@@ -101,3 +109,13 @@ def test_what_one_setting_saved_another_goes_on_with(saved: str, on: str, runs: 
     earlier = [record for record in theirs if record["step"] <= STEP]
     assert len(earlier) == STEP
     assert ours[:STEP] == earlier
+
+
+def test_several_processes_begin_with_the_weights_of_a_checkpoint(runs: Mapping[tuple[str, str], Path]) -> None:
+    warm = runs[WEIGHTS, "one device"]
+    cluster.assert_same_run(runs[WEIGHTS, "4 processes of 2"], warm)
+    # They are other weights than the model's, with a reference table of their own.
+    assert (
+        cluster.records(warm)[0]["logps/chosen"]
+        != cluster.records(runs["one device", NEVER_STOPPED])[0]["logps/chosen"]
+    )
