@@ -59,8 +59,9 @@ def memory(step: Step) -> Memory:
         "moments": 0.0 if offloaded else moments,
         "batch": batch_bytes(step),
     }
-    # Sums over microbatches are in float32, and a microbatch's gradients stand beside them.
+    # Sums over microbatches are in float32. A microbatch's gradients stand beside them, if not added as they are made.
     sums = 4.0 * step.kept() if step.shape > 1 else 0.0
+    gradients = 0.0 if step.adds_in_place else float(step.kept() * gradient_size(step))
     ends = sum(whole for _, whole in step.of_ends().values())
     whole_ends = ends * stored if step.split else 0.0
     phases = {
@@ -73,7 +74,7 @@ def memory(step: Step) -> Memory:
         },
         LAYER: {
             **always,
-            "gradients": sums + step.kept() * gradient_size(step),
+            "gradients": sums + gradients,
             "activations": kept.device,
             "gathered weights": whole_ends + gathered_bytes(step),
             "gradients of embedding and head": 4.0 * ends,

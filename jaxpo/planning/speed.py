@@ -110,7 +110,8 @@ def memory_bytes(step: Step) -> float:
     kernels = sum(whole for _, whole in step.of_blocks().values())
     # Of each product its weights are read, cast or gathered, and read again; a gradient is written, and added up.
     weights = kernels * (passes + 2) * (stored + 2 * computed)
-    gradients = kernels * 4 + (3 * 4 * step.kept() if step.shape > 1 else 0)
+    added = (2 if step.adds_in_place else 3) if step.shape > 1 else 0
+    gradients = kernels * 4 + added * 4 * step.kept()
     activations = step.places * model.num_layers * alive(step) * (2 * passes + 4 + 2 * again)
     tokens, (_, words) = scored_places(step), (0, model.vocab_size // step.divided(model.vocab_size))
     # Float32 logits: written, read for their maximum and their sum; again backward, and their gradients.

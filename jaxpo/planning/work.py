@@ -120,6 +120,11 @@ class Step:
         return bucket(-(-max(self.batches.rows) // rows))
 
     @property
+    def adds_in_place(self) -> bool:
+        """Whether a layer's gradient is added to the sum over microbatches as it is made, see `step.added_up`."""
+        return self.shape > 1 and self.devices == 1 and self.run.model.dtype == "float32"
+
+    @property
     def block(self) -> tuple[int, int]:
         """Tokens and words that meet the head at once on a device."""
         training = self.run.training

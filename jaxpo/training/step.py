@@ -63,15 +63,41 @@ def zero_gradients(decoder: Any) -> Any:
     return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), decoder)
 
 
+def added_up(
+    decoder: Decoder, number: jax.Array, of_one: Callable[[jax.Array], tuple[Any, Any, Any]], zero: Any
+) -> tuple[Any, Any]:
+    """Over so many microbatches, the sums of what each gives, from `zero` on, and of its gradient, in float32.
+
+    of_one: the microbatch's index -> (what it gives, a `jax.vjp` of something with the decoder, how the loss changes
+    with that something).
+
+    A layer's gradient is added to the sum when the backward pass has come to it, so that those of a whole microbatch
+    never stand beside the sums. A `jax.vjp` adds numbers of the weights' own precision only: of bfloat16 weights, and
+    of ones that lie on several devices, a microbatch's gradients are whole before they are added.
+    """
+    sums = jax.tree.map(jax.new_ref, zero_gradients(decoder))
+
+    def accumulate(i: jax.Array, so_far: Any) -> Any:
+        given, of_microbatch, slopes = of_one(i)
+        if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(decoder)):
+            of_microbatch.with_refs(sums)(slopes)
+        else:
+            (grads,) = of_microbatch(slopes)
+            for total, grad in zip(jax.tree.leaves(sums), jax.tree.leaves(grads), strict=True):
+                total[...] += grad.astype(jnp.float32)
+        return add(so_far, given)
+
+    return lax.fori_loop(0, number, accumulate, zero), jax.tree.map(jax.freeze, sums)
+
+
 def pull_back(scorer: Scorer, decoder: Decoder, batch: DeviceBatch, slopes: Scores) -> Any:
     """The gradient of what changes by `slopes` with the scores of a whole batch, fields [M, R, X, ...]."""
 
-    def accumulate(i: jax.Array, so_far: Any) -> Any:
+    def of_one(i: jax.Array) -> tuple[None, Any, Scores]:
         _, of_microbatch = jax.vjp(lambda d: scorer(d, microbatch(batch, i)), decoder)
-        (grads,) = of_microbatch(jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), slopes))
-        return add(so_far, grads)
+        return None, of_microbatch, jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), slopes)
 
-    return lax.fori_loop(0, batch.num_microbatches, accumulate, zero_gradients(decoder))
+    return added_up(decoder, batch.num_microbatches, of_one, None)[1]
 
 
 def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
@@ -84,17 +110,19 @@ def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
         loss, metrics = objective(completions_of(scorer(decoder, batch), batch, carry))
         return loss, as_float32(metrics)
 
-    gradient = jax.value_and_grad(share, has_aux=True)
-
     def gradients(decoder: Decoder, batch: DeviceBatch, carry: Carry) -> tuple[tuple[jax.Array, Metrics], Any]:
-        def accumulate(i: jax.Array, so_far: Any) -> Any:
-            return add(so_far, gradient(decoder, microbatch(batch, i), carry))
+        def of_one(i: jax.Array) -> tuple[tuple[jax.Array, Metrics], Any, jax.Array]:
+            loss, of_share, metrics = jax.vjp(lambda d: share(d, microbatch(batch, i), carry), decoder, has_aux=True)
+            return (loss, metrics), of_share, jnp.ones_like(loss)
+
+        def given(i: jax.Array) -> tuple[jax.Array, Metrics]:
+            return of_one(i)[0]
 
         if batch.lengths.shape[0] == 1:
-            # Nothing to add up: no accumulators to fill and to read again.
-            return gradient(decoder, microbatch(batch, jnp.int32(0)), carry)
-        zero, _ = zeros_like_output(gradient, decoder, microbatch(batch, jnp.int32(0)), carry)
-        return lax.fori_loop(0, batch.num_microbatches, accumulate, (zero, zero_gradients(decoder)))
+            # Nothing to add up: no sums to fill and to read again.
+            value, of_share, slope = of_one(jnp.int32(0))
+            return value, of_share(slope)[0]
+        return added_up(decoder, batch.num_microbatches, of_one, zeros_like_output(given, jnp.int32(0)))
 
     return gradients
 

@@ -93,6 +93,15 @@ def test_settings_that_save_memory_do() -> None:
     assert len(set(peaks)) == 4
     fewer, more = (memory(step_of("bfloat16", "none", rows, 1)).peak for rows in (2, 4))
     assert fewer < more
-    accumulated = memory(step_of("bfloat16", "full", 1, 4)).phases[LAYER]["gradients"]
-    at_once = memory(step_of("bfloat16", "full", 4, 1)).phases[LAYER]["gradients"]
-    assert accumulated == 2 * at_once
+
+
+@pytest.mark.parametrize(("dtype", "times"), [("float32", 1.0), ("bfloat16", 1.5)])
+def test_gradients_of_float32_weights_are_there_once(dtype: Dtype, times: float) -> None:
+    """Added up over microbatches or not; those of bfloat16 are summed up beside a microbatch's."""
+    from host_peak import step_of
+
+    accumulated, at_once = (
+        memory(step_of("bfloat16", "full", *rows, f"model.dtype={dtype}")).phases[LAYER]["gradients"]
+        for rows in ((1, 4), (4, 1))
+    )
+    assert accumulated == times * at_once

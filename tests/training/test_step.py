@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,12 +14,21 @@ import pytest
 from jaxpo.batch import Example, Objective, PackedBatch
 from jaxpo.config import AdaptiveBeta, OptimizerConfig
 from jaxpo.data.pack import Packing, pack
-from jaxpo.models.decoder import Decoder
+from jaxpo.models.decoder import Decoder, abstract_decoder
 from jaxpo.objectives import DPO, SFT
+from jaxpo.objectives.preference import BCOPair
 from jaxpo.objectives.score import Scorer, head_blocks
 from jaxpo.training.control import Control
 from jaxpo.training.optimizer import make_optimizer
-from jaxpo.training.step import StepResult, TrainState, initial_carry, make_evaluation_step, make_train_step
+from jaxpo.training.step import (
+    StepResult,
+    TrainState,
+    initial_carry,
+    make_evaluation_step,
+    make_train_step,
+    sum_of_shares,
+    whole_batch,
+)
 
 BETA, RATE, DECAY, CLIP = 0.1, 1e-4, 0.1, 0.5
 OPTIMIZER = OptimizerConfig(learning_rate=RATE, schedule="constant", betas=(0.9, 0.95), weight_decay=DECAY)
@@ -172,6 +182,26 @@ def test_gradients_of_halves_add_up_to_the_whole(
     assert float(result.grad_norm) < CLIP
     parts = [step(start(small_decoder)[0], on_device(half))[0] for half in halves]
     assert apart(jax.tree.map(jnp.add, *map(first_moments, parts)), first_moments(whole)) < 1e-5
+
+
+@pytest.mark.parametrize("of", [(sum_of_shares, DPO()), (whole_batch, BCOPair())], ids=["shares", "whole batch"])
+def test_gradients_of_a_microbatch_never_stand_beside_their_sum(
+    small_decoder: Decoder, pairs: list[Example], of: tuple[Any, Objective]
+) -> None:
+    """Memory for several microbatches is that for one: each layer's gradient is added as it is made."""
+    make, objective = of
+    decoder = abstract_decoder(replace(small_decoder.config, num_layers=16, width=128, mlp_width=256), jnp.float32)
+    gradients = jax.jit(make(objective, replace(scorer(Packing(128, 1)), remat="full")))
+
+    def bytes_for(count: int) -> int:
+        batch, _ = pack(pairs[:count], np.zeros((count, 1, 2), np.float32), Packing(128, 1))
+        compiled = gradients.lower(decoder, batch, carry(objective)).compile()
+        assert (batch.lengths.shape[0] == 1) == (count == 1)
+        found: Any = compiled.memory_analysis()
+        return found.temp_size_in_bytes
+
+    weights = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(decoder))
+    assert bytes_for(8) - bytes_for(1) < 0.2 * weights
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
