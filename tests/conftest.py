@@ -32,6 +32,14 @@ jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/jaxpo/xla-test
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# What starts processes, again and again, takes the longest: left to the end, one worker would wait for another.
+FIRST = ("distributed", "faults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in FIRST)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real models and data beside the project."""
