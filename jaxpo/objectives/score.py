@@ -45,6 +45,8 @@ Score = Callable[[Decoder, DeviceBatch], Scores]
 class Devices(Protocol):
     """How a forward pass is spread over devices, see `training.mesh.Layout`."""
 
+    @property
+    def number(self) -> int: ...
     def over_rows(self, score: Score) -> Score: ...
     def whole(self, decoder: Decoder) -> Decoder: ...
     def parts(self, config: DecoderConfig) -> Parts | None: ...
@@ -56,6 +58,10 @@ class Devices(Protocol):
 @dataclass(frozen=True)
 class OneDevice:
     """One device, which has everything."""
+
+    @property
+    def number(self) -> int:
+        return 1
 
     def over_rows(self, score: Score) -> Score:
         return score

@@ -167,6 +167,11 @@ class Layout:
         at = (NamedSharding(self.mesh, spec) for spec in self.fields(batch))
         return DeviceBatch(*(on_devices(field, sharding) for field, sharding in zip(batch, at, strict=True)))
 
+    @property
+    def number(self) -> int:
+        """Of devices."""
+        return self.mesh.size
+
     def over_rows(self, score: Score) -> Score:
         """`score`, run on every device by itself: on its own tokens, and its own parts of the weights.
 
@@ -175,7 +180,7 @@ class Layout:
         parts summed to where these lie; along `sequence` keys and values are gathered, and scores summed. Only along
         `tensor` a partitioner divides what is left.
         """
-        if self.mesh.size == 1:
+        if self.number == 1:
             return score
 
         def on_all(decoder: Decoder, batch: DeviceBatch) -> Scores:

@@ -64,22 +64,27 @@ def zero_gradients(decoder: Any) -> Any:
 
 
 def added_up(
-    decoder: Decoder, number: jax.Array, of_one: Callable[[jax.Array], tuple[Any, Any, Any]], zero: Any
+    scorer: Scorer,
+    decoder: Decoder,
+    number: jax.Array,
+    of_one: Callable[[jax.Array], tuple[Any, Any, Any]],
+    zero: Any,
 ) -> tuple[Any, Any]:
     """Over so many microbatches, the sums of what each gives, from `zero` on, and of its gradient, in float32.
 
     of_one: the microbatch's index -> (what it gives, a `jax.vjp` of something with the decoder, how the loss changes
     with that something).
 
-    A layer's gradient is added to the sum when the backward pass has come to it, so that those of a whole microbatch
-    never stand beside the sums. A `jax.vjp` adds numbers of the weights' own precision only: of bfloat16 weights, and
-    of ones that lie on several devices, a microbatch's gradients are whole before they are added.
+    A layer's gradient is added to the sum when the backward pass has come to it, so that those of all layers never
+    stand beside the sums. A `jax.vjp` can do that in the weights' own precision, and not across a `jax.shard_map`: of
+    bfloat16 weights, and on several devices, a microbatch's gradients are whole before they are added.
     """
     sums = jax.tree.map(jax.new_ref, zero_gradients(decoder))
+    in_place = scorer.devices.number == 1 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(decoder))
 
     def accumulate(i: jax.Array, so_far: Any) -> Any:
         given, of_microbatch, slopes = of_one(i)
-        if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(decoder)):
+        if in_place:
             of_microbatch.with_refs(sums)(slopes)
         else:
             (grads,) = of_microbatch(slopes)
@@ -97,7 +102,7 @@ def pull_back(scorer: Scorer, decoder: Decoder, batch: DeviceBatch, slopes: Scor
         _, of_microbatch = jax.vjp(lambda d: scorer(d, microbatch(batch, i)), decoder)
         return None, of_microbatch, jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), slopes)
 
-    return added_up(decoder, batch.num_microbatches, of_one, None)[1]
+    return added_up(scorer, decoder, batch.num_microbatches, of_one, None)[1]
 
 
 def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
@@ -115,14 +120,12 @@ def sum_of_shares(objective: Objective, scorer: Scorer) -> Gradients:
             loss, of_share, metrics = jax.vjp(lambda d: share(d, microbatch(batch, i), carry), decoder, has_aux=True)
             return (loss, metrics), of_share, jnp.ones_like(loss)
 
-        def given(i: jax.Array) -> tuple[jax.Array, Metrics]:
-            return of_one(i)[0]
-
         if batch.lengths.shape[0] == 1:
             # Nothing to add up: no sums to fill and to read again.
             value, of_share, slope = of_one(jnp.int32(0))
             return value, of_share(slope)[0]
-        return added_up(decoder, batch.num_microbatches, of_one, zeros_like_output(given, jnp.int32(0)))
+        zero = zeros_like_output(share, decoder, microbatch(batch, jnp.int32(0)), carry)
+        return added_up(scorer, decoder, batch.num_microbatches, of_one, zero)
 
     return gradients
 

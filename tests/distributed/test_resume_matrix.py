@@ -1,6 +1,7 @@
 """What was saved in one setting goes on in every other: the same losses and weights as of a run of one device."""
 
 import json
+import math
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -114,8 +115,7 @@ def test_what_one_setting_saved_another_goes_on_with(saved: str, on: str, runs: 
 def test_several_processes_begin_with_the_weights_of_a_checkpoint(runs: Mapping[tuple[str, str], Path]) -> None:
     warm = runs[WEIGHTS, "one device"]
     cluster.assert_same_run(runs[WEIGHTS, "4 processes of 2"], warm)
-    # They are other weights than the model's, with a reference table of their own.
-    assert (
-        cluster.records(warm)[0]["logps/chosen"]
-        != cluster.records(runs["one device", NEVER_STOPPED])[0]["logps/chosen"]
-    )
+    # They are other weights than the model's, and so are their reference's: the policy's, before the first step.
+    first = cluster.records(warm)[0]
+    assert first["logps/chosen"] != cluster.records(runs["one device", NEVER_STOPPED])[0]["logps/chosen"]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -185,10 +185,13 @@ def test_gradients_of_halves_add_up_to_the_whole(
 
 
 @pytest.mark.parametrize("of", [(sum_of_shares, DPO()), (whole_batch, BCOPair())], ids=["shares", "whole batch"])
-def test_gradients_of_a_microbatch_never_stand_beside_their_sum(
+def test_gradients_of_layers_never_stand_beside_their_sum(
     small_decoder: Decoder, pairs: list[Example], of: tuple[Any, Objective]
 ) -> None:
-    """Memory for several microbatches is that for one: each layer's gradient is added as it is made."""
+    """Memory for several microbatches is that for one: each layer's gradient is added as it is made.
+
+    Of the embedding, which is small here, one does.
+    """
     make, objective = of
     decoder = abstract_decoder(replace(small_decoder.config, num_layers=16, width=128, mlp_width=256), jnp.float32)
     gradients = jax.jit(make(objective, replace(scorer(Packing(128, 1)), remat="full")))

@@ -13,9 +13,9 @@ takes rows on its left and columns on its right, and a maximum or a sum goes ove
 is several times slower.
 
 Shape legend: R rows, T tokens of a row, P pieces that its queries come in (of queries there are R * P rows), C tokens
-of a tile, N query heads, K key and value heads, G = N / K heads of queries to one of keys, H head size, S = T * G
-queries that meet the same key head (Q of a tile): token by token, and of a token head by head, so that a tile's lie
-side by side.
+of a tile, N query heads, K key and value heads, G = N / K heads of queries to one of keys, H head size, S queries that
+meet the same key head, G for each token of a piece and of what fills it up (Q in a tile): token by token, and of a
+token head by head, so that a tile's lie side by side.
 """
 
 from collections.abc import Callable
