@@ -121,7 +121,7 @@ class Step:
 
     @property
     def adds_in_place(self) -> bool:
-        """Whether a layer's gradient is added to the sum of microbatches as it is made, see `training.step.added_up`."""
+        """Whether a layer's gradient is added to their sum as it is made, see `training.step.added_up`."""
         return self.shape > 1 and self.devices == 1 and self.run.model.dtype == "float32"
 
     @property
