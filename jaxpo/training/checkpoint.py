@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from jaxpo import processes
 from jaxpo.batch import direction
 from jaxpo.config import TrainingConfig
 from jaxpo.errors import UserError
@@ -79,6 +80,36 @@ class Kept(PreservationPolicy):
         return [step in kept or (self.every is not None and step % self.every == 0) for step in steps]
 
 
+class Told:
+    """One of orbax's futures, whose error is told as soon as it is known."""
+
+    def __init__(self, future: Any, tell: Callable[[Exception], None]) -> None:
+        self._future = future
+        self._tell = tell
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self._future.result(timeout=timeout)
+        except Exception as error:
+            self._tell(error)
+            raise
+
+
+def telling(handler: Any, tell: Callable[[Exception], None]) -> Any:
+    """A handler of orbax's that tells what goes wrong in the background.
+
+    Of several processes the one that cannot write would wait for the others, and they for it, until orbax gives up
+    after ten minutes.
+    """
+    save = handler.async_save
+
+    async def async_save(*arguments: Any, **more: Any) -> list[Told]:
+        return [Told(future, tell) for future in await save(*arguments, **more) or ()]
+
+    handler.async_save = async_save
+    return handler
+
+
 class Checkpoints:
     """The checkpoints of one run: a training state and a small JSON of progress at each saved step.
 
@@ -97,7 +128,9 @@ class Checkpoints:
         try:
             # Of a file in its place orbax would tell at the first write.
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=("state", "progress"))
+            handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+            told = {name: telling(handler, self._end_all) for name, handler in handlers.items()}
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=told)
         except Exception as error:  # orbax raises all kinds, Exception itself among them
             raise UserError(
                 f"{self._folder} cannot be used for checkpoints: {reason(error)}. Expected a folder that can be "
@@ -166,16 +199,24 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax raises all kinds, Exception itself among them
-            last = self.latest()
-            there = (
-                "No checkpoint was saved yet; the same command begins anew"
-                if last is None
-                else f"The last good checkpoint is {self.path(last)}; the same command goes on from there"
-            )
-            raise UserError(
-                f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there} once the folder can be "
-                "written to again."
-            ) from error
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> UserError:
+        # To orbax a step that is still being written is the latest.
+        last = max(ocp.utils.checkpoint_steps(self._folder), default=None)
+        there = (
+            "No checkpoint was saved yet; the same command begins anew"
+            if last is None
+            else f"The last good checkpoint is {self.path(last)}; the same command goes on from there"
+        )
+        return UserError(
+            f"a checkpoint in {self._folder} could not be written: {reason(error)}. {there} once the folder can be "
+            "written to again."
+        )
+
+    def _end_all(self, error: Exception) -> None:
+        """Of several processes, end all; alone, the next save tells."""
+        processes.fail(str(self._not_written(error)), 2)
 
     def __enter__(self) -> "Checkpoints":
         return self

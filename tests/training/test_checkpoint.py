@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact, on any mesh, the last few and the best kept, damage told and never trained on."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -11,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from jaxpo import processes
 from jaxpo.config import MeshConfig, OptimizerConfig, TrainingConfig
 from jaxpo.errors import UserError
 from jaxpo.models.checksums import checksum
@@ -265,6 +268,26 @@ def test_a_checkpoint_of_another_model_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, SMALL, {1: {}})
     with Checkpoints(tmp_path, TrainingConfig()) as checkpoints, pytest.raises(UserError, match="cannot be read"):
         checkpoints.restore(1, {"x": jax.ShapeDtypeStruct((6,), jnp.float32)})
+
+
+def test_all_processes_end_as_soon_as_one_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told from the background: in the foreground they would wait for each other before."""
+    found = []
+
+    class NoSpace:
+        def result(self, timeout: float | None = None) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def fails(*_: Any, **__: Any) -> list[NoSpace]:
+        return [NoSpace()]
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", fails)
+    monkeypatch.setattr(processes, "fail", lambda text, code: found.append((text, code)))
+    with Checkpoints(tmp_path, TrainingConfig()) as checkpoints:
+        checkpoints.save(3, SMALL, {}, {})
+        with pytest.raises(UserError, match="No space left on device") as told:
+            checkpoints.wait()
+    assert found == [(str(told.value), 2)]
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
