@@ -119,7 +119,7 @@ def scorer_of(run: Run, layout: Layout, implementation: attention.Implementation
         compute_dtype=run.model.compute_dtype,
         remat=run.model.remat,
         unroll=run.model.unroll,
-        blocks=head_blocks(row_part, training.rows_per_device, layout.platform, layout.mesh.size),
+        blocks=head_blocks(row_part, training.rows_per_device, layout.platform, layout.number),
         statistics=run.objective.statistics,
         attention=implementation,
         devices=layout,

@@ -90,7 +90,7 @@ class Told:
     def result(self, timeout: float | None = None) -> Any:
         try:
             return self._future.result(timeout=timeout)
-        except Exception as error:
+        except Exception as error:  # orbax raises all kinds, Exception itself among them
             self._tell(error)
             raise
 
@@ -203,7 +203,7 @@ class Checkpoints:
 
     def _not_written(self, error: Exception) -> UserError:
         # To orbax a step that is still being written is the latest.
-        last = max(ocp.utils.checkpoint_steps(self._folder), default=None)
+        last = latest_step(self._folder.parent)
         there = (
             "No checkpoint was saved yet; the same command begins anew"
             if last is None

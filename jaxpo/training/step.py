@@ -46,10 +46,6 @@ def initial_carry(objective: Objective, control: Control) -> dict[str, float]:
     return {**control.initial_carry(), **objective.initial_carry()}
 
 
-def add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
-
-
 def zeros_like_output(function: Callable, *args: Any) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *args))
 
@@ -90,7 +86,7 @@ def added_up(
             (grads,) = of_microbatch(slopes)
             for total, grad in zip(jax.tree.leaves(sums), jax.tree.leaves(grads), strict=True):
                 total[...] += grad.astype(jnp.float32)
-        return add(so_far, given)
+        return jax.tree.map(jnp.add, so_far, given)
 
     return lax.fori_loop(0, number, accumulate, zero), jax.tree.map(jax.freeze, sums)
 

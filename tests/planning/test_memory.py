@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from host_peak import step_of
 
 from jaxpo.config import DataConfig, DataSource, Dtype, MeshConfig, ModelConfig, OptimizerConfig, Run, TrainingConfig
 from jaxpo.models.decoder import Decoder
@@ -86,8 +87,6 @@ def test_a_process_takes_as_much_as_planned(settings: str) -> None:
 
 def test_settings_that_save_memory_do() -> None:
     """The order of the policies, from what keeps most to what keeps least; and fewer rows take less."""
-    from host_peak import step_of
-
     peaks = [memory(step_of("bfloat16", remat, 4, 1)).peak for remat in ("none", "dots", "attention", "full")]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 4
@@ -98,8 +97,6 @@ def test_settings_that_save_memory_do() -> None:
 @pytest.mark.parametrize(("dtype", "times"), [("float32", 1.0), ("bfloat16", 1.5)])
 def test_gradients_of_float32_weights_are_there_once(dtype: Dtype, times: float) -> None:
     """Added up over microbatches or not; those of bfloat16 are summed up beside a microbatch's."""
-    from host_peak import step_of
-
     accumulated, at_once = (
         memory(step_of("bfloat16", "full", *rows, f"model.dtype={dtype}")).phases[LAYER]["gradients"]
         for rows in ((1, 4), (4, 1))
