@@ -38,7 +38,7 @@ from jaxpo.prepare import (
     stage_of,
 )
 from jaxpo.references import References, is_averaged, reference_logps, reference_weights, references
-from jaxpo.run_folder import EXPORT, SAMPLES, SUMMARY, claim, read_object
+from jaxpo.run_folder import EXPORT, SUMMARY, claim, read_samples, write_samples
 from jaxpo.training import loop, metrics
 from jaxpo.training.checkpoint import Checkpoints, latest_step, restore_decoder
 from jaxpo.training.control import Control, Stop
@@ -189,7 +189,7 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
     abstract = abstract_state(run, config, parts.layout, optimizer, control)
     sync = make_sync(parts)
     # A resumed run makes up for answers whose file was moved away.
-    if not first or processes.same(lambda: "before" not in (read_object(folder / SAMPLES) or {})):
+    if not first or processes.same(lambda: "before" not in read_samples(folder)):
         with progress.timed("samples"):
             sample(parts, folder, initial, "before")
     if first:
@@ -219,9 +219,10 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
         step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
         evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
     # What the last process wrote after its last checkpoint is taken away before it is read.
-    sinks = metrics.open_sinks(run, folder, first, progress.lines, progress.line) if processes.is_first() else []
+    known = (progress.lines, progress.line, progress.before)
+    sinks = metrics.open_sinks(run, folder, first, *known) if processes.is_first() else []
     records = processes.same(lambda: metrics.read(folder))
-    progress.lines = len(records)
+    progress.go_on_after(records)
     if progress.line:
         checkpoints.rank(int(progress.line["step"] or 0), progress.line)
     work = Loop(
@@ -303,11 +304,10 @@ def sample(parts: Parts, folder: Path, decoder: Callable[[], Decoder], when: str
     answers = greedy(decoder(), prompts, run.samples.max_new_tokens, ends, run.model.compute_dtype)
     if not processes.is_first():
         return
-    path = folder / SAMPLES
-    so_far = read_object(path) or {}
+    so_far = read_samples(folder)
     so_far["prompts"] = [parts.tokenizer.decode(p) for p in prompts]
     so_far[when] = [parts.tokenizer.decode(a, skip_special_tokens=True) for a in answers]
-    atomic.write_text(path, json.dumps(so_far, indent=1, ensure_ascii=False))
+    write_samples(folder, so_far)
 
 
 def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Trained) -> None:
@@ -345,7 +345,7 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
         "seconds": {stage: round(seconds, 3) for stage, seconds in sorted(progress.seconds.items())},
     }
     if processes.is_first():
-        report.write_samples(folder)
+        report.write_markdown(folder)
         # With this the run is finished: whatever is to be written comes before it.
         atomic.write_text(folder / SUMMARY, json.dumps(summary, indent=1))
         report.show(folder, summary)

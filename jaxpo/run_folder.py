@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -118,6 +119,26 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}. Expected a JSON object; move the file away.") from error
+
+
+def read_samples(folder: Path) -> dict[str, Any]:
+    """The samples that a run has made so far, empty before the first. Raises UserError if they were changed since."""
+    samples = read_object(folder / SAMPLES) or {}
+    if samples and samples.pop("crc32", None) != _checksum(samples):
+        raise UserError(
+            f"{folder / SAMPLES} is damaged: it was changed since it was written. Put it back as it was, or move the "
+            "file away to have its answers made again."
+        )
+    return samples
+
+
+def write_samples(folder: Path, samples: dict[str, Any]) -> None:
+    content = {**samples, "crc32": _checksum(samples)}
+    atomic.write_text(folder / SAMPLES, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def _checksum(samples: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(samples).encode())
 
 
 def check_same_run(folder: Path, run: Run) -> None:

@@ -118,7 +118,8 @@ def test_the_folder_of_a_finished_run(finished: Path):
     assert [record["step"] for record in records(finished)] == [0, 1, 2, 3, 4, 5, 6]
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"2", "4", "6"}
     samples = json.loads((finished / "samples.json").read_text())
-    assert {name: len(texts) for name, texts in samples.items()} == {"prompts": 2, "before": 2, "after": 2}
+    assert samples.keys() == {"prompts", "before", "after", "crc32"}
+    assert all(len(samples[name]) == 2 for name in ("prompts", "before", "after"))
 
 
 def test_the_summary(finished: Path):
@@ -905,6 +906,35 @@ def test_a_resumed_run_makes_up_for_answers_whose_file_is_gone(train: Train, fin
     out = train("dpo", *SAMPLES)
     assert (out / "samples.json").read_bytes() == (finished / "samples.json").read_bytes()
     assert_equal_weights(out, finished)
+
+
+def test_answers_that_were_changed_are_told(train: Train, tmp_path: Path):
+    """What was answered before the training is not made again."""
+    stop(train, 3, *SAMPLES)
+    path = tmp_path / "run" / "samples.json"
+    samples = json.loads(path.read_text())
+    samples["before"][0] += "!"
+    path.write_text(json.dumps(samples))
+    with pytest.raises(UserError, match=f"^{path} is damaged: it was changed since it was written"):
+        train("dpo", *SAMPLES)
+
+
+@pytest.mark.parametrize("place", [-1, -2])
+def test_a_line_that_was_changed_is_as_it_was_or_told(place: int, train: Train, finished: Path, tmp_path: Path):
+    """A character of a metric's name; the last line is the checkpoint's to know."""
+    stop(train, 4)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[place] = lines[place].replace("logps/chosen", "logps/chosef")
+    path.write_text("".join(lines))
+    if place == -2:
+        with pytest.raises(UserError, match=f"^{path} is damaged: a line before that of step 4 is another one"):
+            train("dpo")
+        return
+    whole = records(finished)
+    ours = records(train("dpo"))
+    assert [sorted(r) for r in ours] == [sorted(r) for r in whole]
+    assert [r.get("loss") for r in ours] == [r.get("loss") for r in whole]
 
 
 @pytest.mark.parametrize("lost", ["the last line", "a line before"])

@@ -80,7 +80,7 @@ def read_samples(folder: Path) -> tuple[list[str], list[str], list[str]] | None:
     return texts["prompts"], texts.get("before", [""] * len(texts["prompts"])), texts["after"]
 
 
-def write_samples(folder: Path) -> None:
+def write_markdown(folder: Path) -> None:
     """samples.md, from samples.json."""
     if texts := read_samples(folder):
         atomic.write_text(folder / "samples.md", samples_markdown(*texts))

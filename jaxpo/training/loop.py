@@ -22,7 +22,7 @@ from jaxpo.models.decoder import Decoder
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.control import Stop, Watch, logged
 from jaxpo.training.evaluate import PREFIX
-from jaxpo.training.metrics import Record, Sink, Total, finite, means, total
+from jaxpo.training.metrics import Record, Sink, Total, checksum, finite, means, total
 from jaxpo.training.moving_reference import Reference, Sync, checkpointed
 from jaxpo.training.step import StepResult, TrainState
 
@@ -36,7 +36,7 @@ class Progress:
     places and tokens count row places computed and those that held a token. The `steady` figures leave out steps whose
     shapes are new to the process, which compile, and what was computed meanwhile. seconds: of each stage; `wait` is for
     data in training, `log` of metrics on their way out. window holds the metrics since the last logged line as [sum,
-    weight]. lines: of metrics.jsonl; line: the last of them.
+    weight]. lines: of metrics.jsonl; line: the last of them; before: the checksum of the others.
     """
 
     examples: int = 0
@@ -50,6 +50,7 @@ class Progress:
     window: dict[str, list[float]] = field(default_factory=dict)
     lines: int = 0
     line: Record = field(default_factory=dict)
+    before: int = 0
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -95,8 +96,14 @@ class Progress:
     def log(self, n: int, line: Record) -> None:
         """Remember a line of step n, or what is added to it."""
         if self.line.get("step") != n:
+            self.before = checksum([self.line] if self.line else [], self.before)
             self.lines, self.line = self.lines + 1, {"step": n}
         self.line |= finite(line)
+
+    def go_on_after(self, records: Sequence[Record]) -> None:
+        """Begin with the lines that metrics.jsonl holds."""
+        self.lines, self.before = len(records), checksum(records[:-1])
+        self.line = dict(records[-1]) if records else {}
 
     def after(self, earlier: "Progress") -> "Progress":
         """The progress of an earlier process, with this one's seconds added."""

@@ -4,7 +4,8 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
@@ -90,6 +91,15 @@ def _parse(line: bytes) -> Record:
     return record
 
 
+def checksum(records: Sequence[Record], before: int = 0) -> int:
+    """The CRC-32 of the records' lines, after lines whose checksum is `before`."""
+    return zlib.crc32(_text(records).encode(), before)
+
+
+def _text(records: Sequence[Record]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 class Sink(Protocol):
     """Somewhere metrics go."""
 
@@ -109,26 +119,38 @@ class JsonLines:
     all, for a run that begins writes the evaluation before the first step as well. What is added to the step it was
     opened at, an evaluation that SIGTERM left out, goes into that step's line.
 
-    lines, last: how many lines there were when the step was saved, and the last of them, as the checkpoint knows them.
-    That one is put back if the file has lost it; raises UserError if others are missing.
+    lines, last, before: how many lines there were when the step was saved, the last of them, and the checksum of the
+    others, as the checkpoint knows them. The last is written as it was then, whatever became of it; raises UserError
+    if others are missing or were changed.
     """
 
-    def __init__(self, folder: Path, step: int, lines: int = 0, last: Record | None = None) -> None:
+    def __init__(self, folder: Path, step: int, lines: int = 0, last: Record | None = None, before: int = 0) -> None:
         self._path, self._opened_at = folder / FILE, step
-        self._kept = [r for r in read(folder) if (r["step"] or 0) <= step] if step else []
+        end = (last["step"] if last else step) or 0
+        self._kept = [r for r in read(folder) if (r["step"] or 0) <= end] if step else []
         if step and last:
-            there = bool(self._kept) and self._kept[-1]["step"] == last["step"]
-            self._kept[-1:] = [self._kept[-1] | last] if there else [*self._kept[-1:], last]
-            if self._path.exists() and len(self._kept) != lines:
+            if self._kept and self._kept[-1]["step"] == end:
+                self._kept.pop()
+            if self._path.exists() and (found := self._damage(lines, end, before)):
                 raise UserError(
-                    f"{self._path} is damaged: it held {lines} lines up to step {last['step']} when a checkpoint was "
-                    f"saved, and with that step's line it holds {len(self._kept)}. Put it back as it was, or move the "
-                    "file away to go on without what it says."
+                    f"{self._path} is damaged: {found}. Put it back as it was, or move the file away to go on without "
+                    "what it says."
                 )
+            self._kept.append(last)
         self._file = self._begin()
 
+    def _damage(self, lines: int, end: float, before: int) -> str | None:
+        if len(self._kept) != lines - 1:
+            return (
+                f"it held {lines} lines up to step {end} when a checkpoint was saved, and with that step's line it "
+                f"holds {len(self._kept) + 1}"
+            )
+        if checksum(self._kept) != before:
+            return f"a line before that of step {end} is another one than when a checkpoint was saved"
+        return None
+
     def _begin(self) -> TextIO:
-        atomic.write_text(self._path, "".join(json.dumps(r) + "\n" for r in self._kept))
+        atomic.write_text(self._path, _text(self._kept))
         return self._path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Record) -> None:
@@ -224,10 +246,10 @@ def check_installed(config: LoggingConfig) -> None:
             )
 
 
-def open_sinks(run: Run, folder: Path, step: int, lines: int, last: Record) -> list[Sink]:
-    """The sinks that the config asks for; JSONL always, which see for `lines` and `last`."""
+def open_sinks(run: Run, folder: Path, step: int, lines: int, last: Record, before: int) -> list[Sink]:
+    """The sinks that the config asks for; JSONL always, which see for `lines`, `last` and `before`."""
     config: LoggingConfig = run.logging
-    sinks: list[Sink] = [JsonLines(folder, step, lines, last)]
+    sinks: list[Sink] = [JsonLines(folder, step, lines, last, before)]
     if config.tensorboard:
         sinks.append(TensorBoard(folder, step))
     if config.wandb is not None:

@@ -156,7 +156,7 @@ def test_panels_close_in_line_around_wide_characters(folder: Path, capsys: pytes
 
 
 def test_samples_are_written_as_markdown_that_nothing_breaks(folder: Path):
-    report.write_samples(folder)
+    report.write_markdown(folder)
     text = (folder / "samples.md").read_text(encoding="utf-8")
     assert PROMPTS[0].rstrip() in text
     assert "````text\nGladly ```done```!\n````\n" in text
@@ -167,7 +167,7 @@ def test_samples_are_written_as_markdown_that_nothing_breaks(folder: Path):
 def test_a_run_without_samples_or_evaluation_is_reported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     summary = {**SUMMARY, "before": {}, "after": {}, "reference": {"computed": 0, "reused": 0}, "pairs_per_s": None}
     report.show(tmp_path, summary)
-    report.write_samples(tmp_path)
+    report.write_markdown(tmp_path)
     out = capsys.readouterr().out
     assert out == "70 steps in 1 min 5 s, 12,345.6 tokens/s, peak memory 1.50 GB\n"
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jax import lax
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -37,17 +36,16 @@ from jaxpo.models import families
 from jaxpo.models.checkpoint import read_checkpoint
 from jaxpo.models.convert import load_decoder
 from jaxpo.models.decoder import Decoder, by_path
-from jaxpo.objectives.score import Scorer, Scores, completions_of, head_blocks, microbatch
+from jaxpo.objectives.score import Scorer, Scores, completions_of, head_blocks
 from jaxpo.reference.compute import completion_logps
 from jaxpo.training.control import Control
 from jaxpo.training.step import (
-    add,
     all_scores,
     as_float32,
     initial_carry,
+    pull_back,
     sum_of_shares,
     whole_batch,
-    zero_gradients,
 )
 
 VOCAB, PAD, EOS = 32, 31, 30
@@ -136,16 +134,7 @@ def scored(scorer: Scorer, decoder: Decoder, batch: DeviceBatch) -> Scores:
     return all_scores(scorer, decoder, batch)
 
 
-@partial(jax.jit, static_argnums=0)
-def pulled_back(scorer: Scorer, decoder: Decoder, batch: DeviceBatch, slopes: Scores) -> Any:
-    """The gradient of a loss from its slopes by each score: the second pass of `step.whole_batch`."""
-
-    def accumulate(i: jax.Array, so_far: Any) -> Any:
-        _, pull_back = jax.vjp(lambda d: scorer(d, microbatch(batch, i)), decoder)
-        (grads,) = pull_back(jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), slopes))
-        return add(so_far, grads)
-
-    return lax.fori_loop(0, batch.num_microbatches, accumulate, zero_gradients(decoder))
+pulled_back = jax.jit(pull_back, static_argnums=0)
 
 
 def on_device(tree: Any) -> Any:

@@ -28,7 +28,7 @@ from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.control import Control
 from jaxpo.training.flops import step_flops
 from jaxpo.training.loop import TERMINATED, Ended, Loop, Progress, speed, train
-from jaxpo.training.metrics import JsonLines, read
+from jaxpo.training.metrics import JsonLines, checksum, read
 from jaxpo.training.moving_reference import Reference
 from jaxpo.training.optimizer import learning_rate, make_optimizer
 from jaxpo.training.step import StepResult, TrainState, initial_carry, make_train_step
@@ -423,6 +423,7 @@ def test_a_checkpoint_knows_the_lines_before_it(trial: Trial) -> None:
             progress = Progress(**checkpoints.restore(step, saving.start())[1])
             written = [r for r in lines(trial.folder) if r["step"] <= step]
             assert (progress.lines, progress.line) == (count, written[-1]) == (len(written), written[-1])
+            assert progress.before == checksum(written[:-1])
 
 
 def test_progress_comes_back_from_json_as_it_was() -> None:
@@ -435,6 +436,7 @@ def test_progress_comes_back_from_json_as_it_was() -> None:
         window={"loss": [1.1, 3.0]},
         lines=2,
         line={"step": 2, "loss": 1 / 3, "eval_loss": None},
+        before=7,
     )
     assert Progress(**json.loads(json.dumps(asdict(progress)))) == progress
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpo.batch import Metric
 from jaxpo.errors import UserError
-from jaxpo.training.metrics import FILE, JsonLines, means, read, total
+from jaxpo.training.metrics import FILE, JsonLines, Record, checksum, means, read, total
 
 
 def metric(total: float, weight: float) -> Metric:
@@ -43,6 +43,12 @@ def write_steps(folder: Path, first: int, last: int, run: int) -> None:
     for step in range(first, last):
         sink.write(step + 1, {"loss": float(run)})
     sink.close()
+
+
+def known(step: int) -> tuple[Record, int]:
+    """What a checkpoint knows of the lines of `write_steps`: that of its step, and the checksum of those before."""
+    records: list[Record] = [{"step": n, "loss": 1.0} for n in range(1, step + 1)]
+    return records[-1], checksum(records[:-1])
 
 
 def test_each_line_is_on_disk_once_written(tmp_path: Path) -> None:
@@ -116,17 +122,45 @@ def test_the_last_line_before_a_checkpoint_is_put_back(tmp_path: Path, cut: int)
     path = tmp_path / FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    JsonLines(tmp_path, 3, lines=3, last={"step": 3, "loss": 1.0}).close()
+    JsonLines(tmp_path, 3, 3, *known(3)).close()
     assert path.read_bytes() == whole
 
 
-def test_a_line_of_a_checkpoint_gains_what_was_added_to_it_since(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"eval_loss": 0.25}, {"loss": 2.0}, {"losr": 1.0}])
+def test_the_last_line_before_a_checkpoint_is_as_it_was_then(tmp_path: Path, change: Record) -> None:
+    """What was added to it since is added again, for it may be damaged."""
     write_steps(tmp_path, 0, 3, run=1)
+    whole = (tmp_path / FILE).read_bytes()
     sink = JsonLines(tmp_path, 3)
-    sink.write(3, {"eval_loss": 0.25})
+    sink.write(3, change)
     sink.close()
-    JsonLines(tmp_path, 3, lines=3, last={"step": 3, "loss": 1.0}).close()
-    assert lines(tmp_path)[-1] == {"step": 3, "loss": 1.0, "eval_loss": 0.25}
+    assert (tmp_path / FILE).read_bytes() != whole
+    JsonLines(tmp_path, 3, 3, *known(3)).close()
+    assert (tmp_path / FILE).read_bytes() == whole
+
+
+def test_a_line_that_was_changed_is_told(tmp_path: Path) -> None:
+    """Any byte of the lines before a checkpoint, to something that is JSON still."""
+    write_steps(tmp_path, 0, 5, run=1)
+    path = tmp_path / FILE
+    whole = path.read_bytes()
+    start, end = (sum(map(len, whole.splitlines(keepends=True)[:n])) for n in (2, 3))
+    told = 0
+    for place in range(start, end):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=f"^{path}:3 is damaged|^{path} is damaged: ") as error:
+            JsonLines(tmp_path, 4, 4, *known(4))
+        told += "a line before that of step 4 is another one" in str(error.value)
+    assert told > 5
+
+
+def test_a_checkpoint_before_the_first_logged_step_knows_the_evaluation(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path, 0)
+    sink.write(0, {"eval_loss": 1.0})
+    sink.write(3, {"eval_loss": 0.5})
+    sink.close()
+    JsonLines(tmp_path, 3, 1, {"step": 0, "eval_loss": 1.0}).close()
+    assert lines(tmp_path) == [{"step": 0, "eval_loss": 1.0}]
 
 
 def test_lines_that_are_lost_are_told(tmp_path: Path) -> None:
@@ -135,10 +169,10 @@ def test_lines_that_are_lost_are_told(tmp_path: Path) -> None:
     first, _, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, *rest]))
     with pytest.raises(UserError, match=f"^{path} is damaged: it held 4 lines up to step 4 .* it holds 3"):
-        JsonLines(tmp_path, 4, lines=4, last={"step": 4, "loss": 1.0})
+        JsonLines(tmp_path, 4, 4, *known(4))
     assert len(lines(tmp_path)) == 4
     path.unlink()
-    JsonLines(tmp_path, 4, lines=4, last={"step": 4, "loss": 1.0}).close()
+    JsonLines(tmp_path, 4, 4, *known(4)).close()
     assert lines(tmp_path) == [{"step": 4, "loss": 1.0}]
 
 
