@@ -4,10 +4,10 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,7 +19,7 @@ from jaxpo.config import TrainingConfig
 from jaxpo.errors import UserError
 from jaxpo.models.checksums import check_sums, checksums
 from jaxpo.models.decoder import Decoder
-from jaxpo.training.metrics import Record, read
+from jaxpo.training.metrics import Record, finite, read
 
 FOLDER = "checkpoints"
 
@@ -35,17 +35,32 @@ def renamed(abstract: Any, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in named(abstract)])
 
 
-def seal(progress: dict[str, Any], sums: dict[str, int]) -> dict[str, Any]:
-    """What is written beside a state: the progress, the state's checksums, and a checksum of both."""
-    content = {"progress": progress, "checksums": sums}
+class Beside(NamedTuple):
+    """What is written beside a state: the progress, the step's metrics, and the state's checksums."""
+
+    progress: dict[str, Any]
+    metrics: Record
+    checksums: dict[str, int]
+
+
+def seal(beside: Beside) -> dict[str, Any]:
+    """As JSON, with a checksum of all of it."""
+    content = beside._asdict()
     return {**content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
-def unseal(sealed: Any) -> tuple[dict[str, Any], dict[str, int]]:
+def unseal(sealed: Any) -> Beside:
     """The inverse of `seal`. Raises ValueError or KeyError where it is not what was written."""
-    if sealed != seal(sealed["progress"], sealed["checksums"]):
+    beside = Beside(**{name: sealed[name] for name in Beside._fields})
+    if sealed != seal(beside):
         raise ValueError("its progress was changed since it was written.")
-    return sealed["progress"], sealed["checksums"]
+    return beside
+
+
+def read_beside(folder: Path) -> Beside:
+    """What lies beside the state in a checkpoint's folder. Raises what orbax or `unseal` does if it is damaged."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return unseal(checkpointer.restore(folder / "progress"))
 
 
 def reason(error: BaseException) -> str:
@@ -113,7 +128,8 @@ def telling(handler: Any, tell: Callable[[Exception], None]) -> Any:
 class Checkpoints:
     """The checkpoints of one run: a training state and a small JSON of progress at each saved step.
 
-    Which step is the best is told by the evaluations in metrics.jsonl and by what `rank` is told since.
+    Which step is the best is told by the metrics that were saved with each, by the evaluations in metrics.jsonl that
+    came after the save, and by what `rank` is told since.
     """
 
     def __init__(self, run_folder: Path, config: TrainingConfig) -> None:
@@ -141,6 +157,10 @@ class Checkpoints:
             # What a run did after its last checkpoint it does again.
             if step <= (self.latest() or 0):
                 self.rank(step, record)
+        for step in self._manager.all_steps():
+            # Of a damaged one is told when it is gone on from.
+            with suppress(Exception):
+                self.rank(step, read_beside(self.path(step)).metrics)
 
     def latest(self) -> int | None:
         """The last step that is safely on disk."""
@@ -172,7 +192,7 @@ class Checkpoints:
         """
         self.rank(step, metrics)
         leaves = named(state)
-        sealed = seal(progress, checksums(leaves))
+        sealed = seal(Beside(progress, finite(metrics), checksums(leaves)))
         items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(sealed))
         with self._writing():
             self._manager.save(step, args=items, force=True)
@@ -182,11 +202,11 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(named(abstract)), progress=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-            progress, sums = unseal(restored["progress"])
-            check_sums(restored["state"], sums)
+            beside = unseal(restored["progress"])
+            check_sums(restored["state"], beside.checksums)
         except Exception as error:  # orbax raises all kinds, Exception itself among them
             raise unreadable(self.path(step), error) from error
-        return renamed(abstract, restored["state"]), progress
+        return renamed(abstract, restored["state"]), beside.progress
 
     def wait(self) -> None:
         """Return when all that was saved is on disk."""
@@ -252,9 +272,7 @@ def restore_decoder(run_folder: Path, step: int, abstract: Decoder) -> Decoder:
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=targets, partial_restore=True)
             restored = checkpointer.restore(folder / "state", args=args)
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            _, sums = unseal(checkpointer.restore(folder / "progress"))
-        check_sums(restored, sums)
+        check_sums(restored, read_beside(folder).checksums)
     except Exception as error:  # orbax raises all kinds, Exception itself among them
         raise unreadable(folder, error) from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])

@@ -34,7 +34,7 @@ from typing import Any
 
 import kinds
 from kinds import Fault, Kind, Whole
-from trainee import ROOT, TERMINATED, Ended, Trainee, difference, left_behind
+from trainee import METRICS, ROOT, TERMINATED, Ended, Trainee, difference, left_behind
 
 VERDICTS = ("resumed_exactly", "clear_error", "lost")
 # Starts after the one that the fault came in.
@@ -173,6 +173,7 @@ class Trial:
         self.why: str | None = None
         self.told = False
         self.left_behind: list[str] = []
+        self._lines_from = 0
 
     def go(self) -> None:
         trainee = self._trainee
@@ -231,7 +232,8 @@ class Trial:
             path.name for path, written in self._trainee.chunks().items() if chunks.get(path, written) != written
         ]:
             return f"chunks of the reference table computed again: {', '.join(again)}"
-        return difference(self._trainee.run, self._whole.folder, exactly=self._trainee.processes == 1)
+        exactly = self._trainee.processes == 1
+        return difference(self._trainee.run, self._whole.folder, exactly, self._lines_from)
 
     def _do_as_told(self, message: str) -> None:
         """What a person does who reads the message; it has to say what to do."""
@@ -246,12 +248,20 @@ class Trial:
         elif found := re.search(r"Delete the folder (\S+)|checkpoint (\S+) cannot be read: .*delete it", message):
             shutil.rmtree(self._own(found[1] or found[2]))
         elif found := re.search(r"(\S+?)(?::\d+)? is damaged: .*[Mm]ove (?:it|the file) away", message):
-            self._own(found[1]).unlink()
+            self._give_up(self._own(found[1]))
         elif re.search(r"written|cannot be used|cannot be kept|is a file; expected a folder", message):
             self._fault.undo(self._trainee)
             self._fault.undo = lambda trainee: None
         else:
             self.why = f"the message does not say what to do: {message}"
+
+    def _give_up(self, path: Path) -> None:
+        if path.name == METRICS and self._draw.random() < 0.5:
+            self._fault.undo(self._trainee)
+            return
+        path.unlink()
+        if path.name == METRICS:
+            self._lines_from = max(self._trainee.saved(), default=0)
 
     def _own(self, path: str) -> Path:
         """A path that a message names: nothing is taken away but what is the run's own."""

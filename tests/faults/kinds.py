@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainee import Ended, Trainee
+from trainee import METRICS, Ended, Trainee
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Whole:
 @dataclass
 class Fault:
     """One fault. prepare: before the first start, which is `first`; damage: after it; undo: what a person does who
-    reads that a folder cannot be written."""
+    reads that a folder cannot be written, or what was damaged can be put back."""
 
     detail: str
     first: Callable[[Trainee], Ended] = Trainee.to_its_end
@@ -300,9 +300,15 @@ def damaged_small_file(draw: random.Random, _: Whole) -> Fault:
 def damaged_metrics(draw: random.Random, _: Whole) -> Fault:
     """The end of metrics.jsonl is cut or zeros, as by a machine that loses power, or any line has another byte."""
 
+    before: list[bytes] = []
+
+    def put_back(trainee: Trainee) -> None:
+        (trainee.run / METRICS).write_bytes(before[0])
+
     def hurt(trainee: Trainee) -> str:
-        path = trainee.run / "metrics.jsonl"
+        path = trainee.run / METRICS
         content = path.read_bytes()
+        before.append(content)
         start = content.rstrip(b"\n").rfind(b"\n") + 1
         how = draw.choice(["cut", "zeros", "changed", "changed"])
         place = draw.randrange(0 if how == "changed" else start, len(content))
@@ -317,4 +323,4 @@ def damaged_metrics(draw: random.Random, _: Whole) -> Fault:
     point, count, delay = draw.choice(
         [("checkpoint", 2, 1.0), ("checkpoint", 3, 1.0), ("step", 4, 0.5), ("plots", 1, 0.0)]
     )
-    return Fault(f"after a kill at {point} {count}", killed_at(point, count, delay), damage=hurt)
+    return Fault(f"after a kill at {point} {count}", killed_at(point, count, delay), damage=hurt, undo=put_back)

@@ -23,6 +23,7 @@ from command import COMPILED, DIE_AT
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
+METRICS = "metrics.jsonl"
 PERIOD = 0.02
 # Seconds in which a process of several ends when another one has been killed: gloo tells at once.
 SOON = 90.0
@@ -160,7 +161,7 @@ class Trainee:
 
     def logged(self) -> list[int]:
         """The steps whose lines are whole."""
-        path = self.run / "metrics.jsonl"
+        path = self.run / METRICS
         text = path.read_text(errors="replace") if path.is_file() else ""
         return [int(found) for found in re.findall(r'^\{"step": (\d+),.*\}\n', text, re.MULTILINE)]
 
@@ -181,20 +182,21 @@ def end_all(started: Sequence["subprocess.Popen[bytes]"]) -> None:
 
 def lines(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock has written."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    text = (run / METRICS).read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
     return [{key: value for key, value in record.items() if not key.endswith("_per_s")} for record in records]
 
 
-def difference(ours: Path, theirs: Path, exactly: bool) -> str | None:
+def difference(ours: Path, theirs: Path, exactly: bool, lines_from: int = 0) -> str | None:
     """How a run that has ended well differs from the undisturbed one, None if it does not.
 
-    exactly: to the bit; otherwise losses to 1e-5 and weights in norm.
+    exactly: to the bit; otherwise losses to 1e-5 and weights in norm. lines_from: the first step whose metrics are not
+    given up.
     """
     there = {path.name for path in theirs.iterdir()} | {f"export/{path.name}" for path in (theirs / "export").iterdir()}
     if missing := sorted(name for name in there if not (ours / name).exists()):
         return f"{', '.join(missing)} missing"
-    mine, others = lines(ours), lines(theirs)
+    mine, others = lines(ours), [record for record in lines(theirs) if record["step"] >= lines_from]
     if [record["step"] for record in mine] != [record["step"] for record in others]:
         return f"metrics.jsonl has steps {[record['step'] for record in mine]}"
     for a, b in zip(mine, others, strict=True):
@@ -216,7 +218,8 @@ def difference(ours: Path, theirs: Path, exactly: bool) -> str | None:
             if (theirs / name).exists() and (ours / name).read_bytes() != (theirs / name).read_bytes():
                 return f"{name} differs"
         mine, others = (json.loads((run / "summary.json").read_text()) for run in (ours, theirs))
-        if differing := [name for name in SUMMARY if mine.get(name) != others.get(name)]:
+        names = [name for name in SUMMARY if not (name == "before" and lines_from)]
+        if differing := [name for name in names if mine.get(name) != others.get(name)]:
             return f"summary.json: {', '.join(differing)}"
     return None
 

@@ -20,7 +20,7 @@ from jaxpo.config import MeshConfig, OptimizerConfig, TrainingConfig
 from jaxpo.errors import UserError
 from jaxpo.models.checksums import checksum
 from jaxpo.models.decoder import Decoder, abstract_decoder
-from jaxpo.training.checkpoint import FOLDER, Checkpoints, latest_step, restore_decoder, seal
+from jaxpo.training.checkpoint import FOLDER, Beside, Checkpoints, latest_step, restore_decoder, seal
 from jaxpo.training.loop import Progress
 from jaxpo.training.mesh import Layout, make_mesh
 from jaxpo.training.metrics import JsonLines
@@ -149,6 +149,18 @@ def test_the_best_is_kept_besides(tmp_path: Path, mode: str, best: int) -> None:
         assert checkpoints.best() == 8
 
 
+def test_the_best_is_known_without_metrics_jsonl(tmp_path: Path) -> None:
+    """A checkpoint knows the metrics of its step; what is damaged is no candidate."""
+    config = {"best_metric": "eval_accuracy", "keep_every": 1}
+    save(tmp_path, SMALL, {n: {"eval_accuracy": a} for n, a in enumerate((0.9, 0.8, 0.7), 1)}, **config)
+    with Checkpoints(tmp_path, TrainingConfig(**config)) as checkpoints:
+        assert checkpoints.best() == 1
+    path = tmp_path / FOLDER / "1" / "progress" / "metadata"
+    path.write_text(path.read_text().replace("0.9", "0.1"))
+    with Checkpoints(tmp_path, TrainingConfig(**config)) as checkpoints:
+        assert checkpoints.best() == 2
+
+
 def test_of_equally_good_steps_the_last_is_the_best(tmp_path: Path) -> None:
     config = {"best_metric": "eval_accuracy", "keep_checkpoints": 1}
     save(tmp_path, SMALL, {1: {"eval_accuracy": 0.5}, 2: {"eval_accuracy": 0.5}, 3: {"eval_accuracy": 0.4}}, **config)
@@ -259,7 +271,8 @@ def test_a_changed_weight_is_told_when_the_decoder_is_read_alone(
     path = tmp_path / FOLDER / "5" / "progress" / "metadata"
     progress = json.loads(path.read_text())
     progress["checksums"]["decoder.embedding.value"] ^= 1
-    path.write_text(json.dumps(seal(progress["progress"], progress["checksums"])))
+    del progress["crc32"]
+    path.write_text(json.dumps(seal(Beside(**progress))))
     with pytest.raises(UserError, match=f"{tmp_path / FOLDER / '5'} cannot be read: decoder.embedding.value changed"):
         restore_decoder(tmp_path, 5, wanted)
 
