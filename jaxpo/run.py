@@ -219,12 +219,9 @@ def course(parts: Parts, folder: Path, checkpoints: Checkpoints, progress: Progr
         step = jax.jit(make_evaluation_step(run.objective, parts.scorer))
         evaluate = make_evaluation(parts.eval, table.eval, parts.packing, training.batch_size, step, parts.put)
     # What the last process wrote after its last checkpoint is taken away before it is read.
-    known = (progress.lines, progress.line, progress.before)
-    sinks = metrics.open_sinks(run, folder, first, *known) if processes.is_first() else []
+    sinks = metrics.open_sinks(run, folder, first, progress.known) if processes.is_first() else []
     records = processes.same(lambda: metrics.read(folder))
     progress.go_on_after(records)
-    if progress.line:
-        checkpoints.rank(int(progress.line["step"] or 0), progress.line)
     work = Loop(
         config=training,
         control=run.control,
@@ -320,13 +317,12 @@ def finish(parts: Parts, folder: Path, checkpoints: Checkpoints, trained: Traine
     elif best != step:
         console.say(f"exporting step {best}, the best by {run.training.best_metric}")
         decoder, step = restore_decoder(folder, best, jax.tree.map(abstract_of, decoder)), best
-    records = processes.same(lambda: metrics.read(folder))
-    before, after = held_out(records, 0), held_out(records, step)
+    before, after = held_out(checkpoints.metrics(0)), held_out(checkpoints.metrics(step))
     with progress.timed("samples"):
         sample(parts, folder, lambda: decoder, "after")
     if processes.is_first():
         with progress.timed("plots"):
-            plots.write(records, folder / "plots")
+            plots.write(metrics.read(folder), folder / "plots")
     with progress.timed("export"):
         deliver(run, parts.checkpoint, parts.tokenizer, decoder, folder / EXPORT, run.export.dtype)
     summary = {
@@ -356,10 +352,9 @@ def abstract_of(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def held_out(records: list[Record], step: int) -> Record:
-    """The evaluation's metrics at a step."""
-    lines = [r for r in records if r["step"] == step]
-    return {name: value for line in lines for name, value in line.items() if name.startswith(PREFIX)}
+def held_out(record: Record) -> Record:
+    """An evaluation's metrics."""
+    return {name: value for name, value in record.items() if name.startswith(PREFIX)}
 
 
 def peak_bytes() -> int:

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import secrets
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxpo import atomic, config_file, processes
 from jaxpo.config import Run
 from jaxpo.errors import UserError
 from jaxpo.prepare import INIT, STAGES, Parts, weights_of
+from jaxpo.seal import seal, unseal
 from jaxpo.training.checkpoint import latest_step
 
 CONFIG = "config.yaml"
@@ -123,22 +123,18 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 def read_samples(folder: Path) -> dict[str, Any]:
     """The samples that a run has made so far, empty before the first. Raises UserError if they were changed since."""
-    samples = read_object(folder / SAMPLES) or {}
-    if samples and samples.pop("crc32", None) != _checksum(samples):
+    found = read_object(folder / SAMPLES)
+    try:
+        return {} if found is None else unseal(found)
+    except ValueError as error:
         raise UserError(
-            f"{folder / SAMPLES} is damaged: it was changed since it was written. Put it back as it was, or move the "
-            "file away to have its answers made again."
-        )
-    return samples
+            f"{folder / SAMPLES} is damaged: {error}. Put it back as it was, or move the file away to have its answers "
+            "made again."
+        ) from None
 
 
 def write_samples(folder: Path, samples: dict[str, Any]) -> None:
-    content = {**samples, "crc32": _checksum(samples)}
-    atomic.write_text(folder / SAMPLES, json.dumps(content, indent=1, ensure_ascii=False))
-
-
-def _checksum(samples: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(samples).encode())
+    atomic.write_text(folder / SAMPLES, json.dumps(seal(samples), indent=1, ensure_ascii=False))
 
 
 def check_same_run(folder: Path, run: Run) -> None:

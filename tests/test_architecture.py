@@ -16,6 +16,7 @@ ORDER = [
         "jaxpo",
         "jaxpo.errors",
         "jaxpo.atomic",
+        "jaxpo.seal",
         "jaxpo.allocator",
         "jaxpo.compiler",
         "jaxpo.processes",

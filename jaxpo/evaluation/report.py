@@ -59,7 +59,7 @@ _MARKER = re.compile(r"<\|[^|<>]+\|>|</?s>|\[/?INST\]")
 
 def show(folder: Path, summary: Mapping[str, Any]) -> None:
     """Print the closing report of the run in `folder` from its summary and samples.json."""
-    if texts := read_samples(folder):
+    if texts := answers(folder):
         show_samples(*texts)
     if summary["after"]:
         console.console.print(comparison(summary["before"], summary["after"]))
@@ -70,7 +70,7 @@ def show(folder: Path, summary: Mapping[str, Any]) -> None:
             console.say(f"{what:<24} {folder / name}")
 
 
-def read_samples(folder: Path) -> tuple[list[str], list[str], list[str]] | None:
+def answers(folder: Path) -> tuple[list[str], list[str], list[str]] | None:
     """Prompts, and answers before and after, of samples.json; None where there is none."""
     samples = folder / "samples.json"
     if not samples.exists():
@@ -82,7 +82,7 @@ def read_samples(folder: Path) -> tuple[list[str], list[str], list[str]] | None:
 
 def write_markdown(folder: Path) -> None:
     """samples.md, from samples.json."""
-    if texts := read_samples(folder):
+    if texts := answers(folder):
         atomic.write_text(folder / "samples.md", samples_markdown(*texts))
 
 

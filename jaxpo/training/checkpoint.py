@@ -1,10 +1,7 @@
 """Checkpoints through Orbax: written in the background, complete or absent; the last few, the best, milestones kept."""
 
-import json
-import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +16,12 @@ from jaxpo.config import TrainingConfig
 from jaxpo.errors import UserError
 from jaxpo.models.checksums import check_sums, checksums
 from jaxpo.models.decoder import Decoder
-from jaxpo.training.metrics import Record, finite, read
+from jaxpo.seal import seal, unseal
+from jaxpo.training.metrics import Record, finite
 
 FOLDER = "checkpoints"
+# Of what lies beside a state, the progress of `training.loop` included.
+VERSION = 1
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -36,31 +36,27 @@ def renamed(abstract: Any, leaves: dict[str, Any]) -> Any:
 
 
 class Beside(NamedTuple):
-    """What is written beside a state: the progress, the step's metrics, and the state's checksums."""
+    """What is written beside a state: the progress, the metrics of steps by their number, the state's checksums."""
 
     progress: dict[str, Any]
-    metrics: Record
+    metrics: dict[str, Record]
     checksums: dict[str, int]
 
 
-def seal(beside: Beside) -> dict[str, Any]:
-    """As JSON, with a checksum of all of it."""
-    content = beside._asdict()
-    return {**content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+class OtherVersionError(Exception):
+    """A checkpoint that was written by another version of jaxpo."""
 
 
-def unseal(sealed: Any) -> Beside:
-    """The inverse of `seal`. Raises ValueError or KeyError where it is not what was written."""
-    beside = Beside(**{name: sealed[name] for name in Beside._fields})
-    if sealed != seal(beside):
-        raise ValueError("its progress was changed since it was written.")
-    return beside
+def as_json(beside: Beside) -> dict[str, Any]:
+    return seal({"version": VERSION, **beside._asdict()})
 
 
-def read_beside(folder: Path) -> Beside:
-    """What lies beside the state in a checkpoint's folder. Raises what orbax or `unseal` does if it is damaged."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return unseal(checkpointer.restore(folder / "progress"))
+def from_json(written: Any) -> Beside:
+    """The inverse of `as_json`. Raises ValueError where it is not what was written, OtherVersionError."""
+    content = unseal(dict(written))
+    if content.pop("version", None) != VERSION:
+        raise OtherVersionError
+    return Beside(**content)
 
 
 def reason(error: BaseException) -> str:
@@ -75,6 +71,11 @@ def reason(error: BaseException) -> str:
 def unreadable(folder: Path, error: Exception) -> UserError:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return UserError(f"checkpoint {folder} does not fit into memory here: {reason(error)}. It is left as it was.")
+    if isinstance(error, OtherVersionError):
+        return UserError(
+            f"checkpoint {folder} was written by another version of jaxpo, which alone can go on from it. Expected "
+            "that version, or another output_dir. It is left as it was."
+        )
     return UserError(
         f"checkpoint {folder} cannot be read: {reason(error)}. Expected the state that this run saved there. If the "
         "folder is damaged, delete it and start again: the run goes on from the checkpoint before it."
@@ -128,14 +129,14 @@ def telling(handler: Any, tell: Callable[[Exception], None]) -> Any:
 class Checkpoints:
     """The checkpoints of one run: a training state and a small JSON of progress at each saved step.
 
-    Which step is the best is told by the metrics that were saved with each, by the evaluations in metrics.jsonl that
-    came after the save, and by what `rank` is told since.
+    A checkpoint keeps the metrics of its step, of step 0 and of the steps that are kept beside it: which is the best
+    is known to whoever has restored one, and by what `learn` is told since.
     """
 
     def __init__(self, run_folder: Path, config: TrainingConfig) -> None:
         self._folder = (run_folder / FOLDER).absolute()
         self._config = config
-        self._ranked: dict[int, float] = {}
+        self._metrics: dict[int, Record] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=Kept(config.keep_checkpoints, config.keep_every, self._best_of),
             cleanup_tmp_directories=True,
@@ -152,15 +153,6 @@ class Checkpoints:
                 f"{self._folder} cannot be used for checkpoints: {reason(error)}. Expected a folder that can be "
                 "written; what is saved in it is left as it was."
             ) from error
-        for record in read(run_folder):
-            step = int(record["step"] or 0)
-            # What a run did after its last checkpoint it does again.
-            if step <= (self.latest() or 0):
-                self.rank(step, record)
-        for step in self._manager.all_steps():
-            # Of a damaged one is told when it is gone on from.
-            with suppress(Exception):
-                self.rank(step, read_beside(self.path(step)).metrics)
 
     def latest(self) -> int | None:
         """The last step that is safely on disk."""
@@ -170,16 +162,20 @@ class Checkpoints:
         """The step whose best_metric is best, the last of those that are equally good."""
         return self._best_of(self._manager.all_steps())
 
-    def rank(self, step: int, metrics: Record) -> None:
-        """What is known of a step, saved or about to be; without a finite best_metric in it, nothing changes."""
-        metric, mode = self._config.best_metric, self._config.best_mode
-        value = metrics.get(metric) if metric is not None else None
-        if metric is not None and value is not None and math.isfinite(value):
-            self._ranked[step] = direction(metric, mode) * value
+    def learn(self, step: int, metrics: Record) -> None:
+        """Metrics of a step, saved or about to be, or 0."""
+        self._metrics[step] = self.metrics(step) | finite(metrics)
+
+    def metrics(self, step: int) -> Record:
+        """What is known of a step, 0 or one that is kept."""
+        return self._metrics.get(step, {})
 
     def _best_of(self, steps: Sequence[int]) -> int | None:
-        candidates = [step for step in steps if step in self._ranked]
-        return max(candidates, key=lambda step: (self._ranked[step], step), default=None)
+        metric, mode = self._config.best_metric, self._config.best_mode
+        if metric is None:
+            return None
+        values = {step: value for step in steps if (value := self.metrics(step).get(metric)) is not None}
+        return max(values, key=lambda step: (direction(metric, mode) * values[step], step), default=None)
 
     def path(self, step: int) -> Path:
         return self._folder / str(step)
@@ -188,12 +184,13 @@ class Checkpoints:
         """Start to write a checkpoint; the state may be donated once this returns.
 
         A step whose `metrics` do not hold the best_metric, for it was not evaluated, is no candidate for the best until
-        `rank` tells it.
+        `learn` tells it.
         """
-        self.rank(step, metrics)
+        self.learn(step, metrics)
         leaves = named(state)
-        sealed = seal(Beside(progress, finite(metrics), checksums(leaves)))
-        items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(sealed))
+        known = {str(n): self.metrics(n) for n in (0, *self._manager.all_steps(), step)}
+        beside = as_json(Beside(progress, known, checksums(leaves)))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), progress=ocp.args.JsonSave(beside))
         with self._writing():
             self._manager.save(step, args=items, force=True)
 
@@ -202,10 +199,11 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(named(abstract)), progress=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
-            beside = unseal(restored["progress"])
+            beside = from_json(restored["progress"])
             check_sums(restored["state"], beside.checksums)
         except Exception as error:  # orbax raises all kinds, Exception itself among them
             raise unreadable(self.path(step), error) from error
+        self._metrics = {int(n): metrics for n, metrics in beside.metrics.items()}
         return renamed(abstract, restored["state"]), beside.progress
 
     def wait(self) -> None:
@@ -272,7 +270,9 @@ def restore_decoder(run_folder: Path, step: int, abstract: Decoder) -> Decoder:
         with ocp.PyTreeCheckpointer() as checkpointer:
             args = ocp.args.PyTreeRestore(item=wanted, restore_args=targets, partial_restore=True)
             restored = checkpointer.restore(folder / "state", args=args)
-        check_sums(restored, read_beside(folder).checksums)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            beside = from_json(checkpointer.restore(folder / "progress"))
+        check_sums(restored, beside.checksums)
     except Exception as error:  # orbax raises all kinds, Exception itself among them
         raise unreadable(folder, error) from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])

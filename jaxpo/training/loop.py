@@ -22,7 +22,7 @@ from jaxpo.models.decoder import Decoder
 from jaxpo.training.checkpoint import Checkpoints
 from jaxpo.training.control import Stop, Watch, logged
 from jaxpo.training.evaluate import PREFIX
-from jaxpo.training.metrics import Record, Sink, Total, checksum, finite, means, total
+from jaxpo.training.metrics import Known, Record, Sink, Total, checksum, finite, means, total
 from jaxpo.training.moving_reference import Reference, Sync, checkpointed
 from jaxpo.training.step import StepResult, TrainState
 
@@ -36,7 +36,8 @@ class Progress:
     places and tokens count row places computed and those that held a token. The `steady` figures leave out steps whose
     shapes are new to the process, which compile, and what was computed meanwhile. seconds: of each stage; `wait` is for
     data in training, `log` of metrics on their way out. window holds the metrics since the last logged line as [sum,
-    weight]. lines: of metrics.jsonl; line: the last of them; before: the checksum of the others.
+    weight]. lines: of metrics.jsonl; line: the last of them; checksum_before: of the others. With other fields
+    checkpoints are of another `checkpoint.VERSION`.
     """
 
     examples: int = 0
@@ -50,7 +51,7 @@ class Progress:
     window: dict[str, list[float]] = field(default_factory=dict)
     lines: int = 0
     line: Record = field(default_factory=dict)
-    before: int = 0
+    checksum_before: int = 0
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -96,13 +97,17 @@ class Progress:
     def log(self, n: int, line: Record) -> None:
         """Remember a line of step n, or what is added to it."""
         if self.line.get("step") != n:
-            self.before = checksum([self.line] if self.line else [], self.before)
+            self.checksum_before = checksum([self.line] if self.line else [], self.checksum_before)
             self.lines, self.line = self.lines + 1, {"step": n}
         self.line |= finite(line)
 
+    @property
+    def known(self) -> Known:
+        return Known(self.lines, self.line, self.checksum_before)
+
     def go_on_after(self, records: Sequence[Record]) -> None:
         """Begin with the lines that metrics.jsonl holds."""
-        self.lines, self.before = len(records), checksum(records[:-1])
+        self.lines, self.checksum_before = len(records), checksum(records[:-1])
         self.line = dict(records[-1]) if records else {}
 
     def after(self, earlier: "Progress") -> "Progress":
@@ -219,7 +224,7 @@ def train(loop: Loop, state: TrainState, reference: Reference, first: int, progr
     if (loop.evaluates_at(first) or (watch.stop and loop.evaluate)) and not is_evaluated(loop.records, first):
         line = evaluate(loop, state, progress)
         record(loop, first, line, progress)
-        loop.checkpoints.rank(first, line)
+        loop.checkpoints.learn(first, line)
         watch.see(first, line)
     if first == loop.num_steps or watch.stop is not None:
         return ended(loop, state, first, watch)

@@ -100,6 +100,14 @@ def _text(records: Sequence[Record]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+class Known(NamedTuple):
+    """What a checkpoint knows of metrics.jsonl: how many lines it held, the last, the checksum of those before it."""
+
+    lines: int
+    last: Record
+    checksum_before: int
+
+
 class Sink(Protocol):
     """Somewhere metrics go."""
 
@@ -115,39 +123,30 @@ class Sink(Protocol):
 class JsonLines:
     """metrics.jsonl: a line per logged step, each flushed as it is written.
 
-    Opened at a step, it drops the lines after that step: a resumed run writes them again. Opened at step 0 it drops
-    all, for a run that begins writes the evaluation before the first step as well. What is added to the step it was
-    opened at, an evaluation that SIGTERM left out, goes into that step's line.
-
-    lines, last, before: how many lines there were when the step was saved, the last of them, and the checksum of the
-    others, as the checkpoint knows them. The last is written as it was then, whatever became of it; raises UserError
-    if others are missing or were changed.
+    Opened at a step, it drops what was written after the checkpoint, which a resumed run writes again: an evaluation
+    that SIGTERM had left out, too, which goes into that step's line. The last line is written as the checkpoint knows
+    it, whatever became of it. Raises UserError if others are missing or were changed, unless all were given up.
     """
 
-    def __init__(self, folder: Path, step: int, lines: int = 0, last: Record | None = None, before: int = 0) -> None:
+    def __init__(self, folder: Path, step: int, known: Known) -> None:
         self._path, self._opened_at = folder / FILE, step
-        end = (last["step"] if last else step) or 0
-        self._kept = [r for r in read(folder) if (r["step"] or 0) <= end] if step else []
-        if step and last:
-            if self._kept and self._kept[-1]["step"] == end:
-                self._kept.pop()
-            if self._path.exists() and (found := self._damage(lines, end, before)):
-                raise UserError(
-                    f"{self._path} is damaged: {found}. Put it back as it was, or move the file away to go on without "
-                    "what it says."
-                )
-            self._kept.append(last)
+        self._kept = [*self._before(folder, known), dict(known.last)] if known.lines else []
         self._file = self._begin()
 
-    def _damage(self, lines: int, end: float, before: int) -> str | None:
-        if len(self._kept) != lines - 1:
-            return (
-                f"it held {lines} lines up to step {end} when a checkpoint was saved, and with that step's line it "
-                f"holds {len(self._kept) + 1}"
+    def _before(self, folder: Path, known: Known) -> list[Record]:
+        """The lines before the last one that a checkpoint knows."""
+        there = read(folder)
+        if not self._path.exists() or (there and there[0]["step"] == known.last["step"]):
+            # They were given up, now or by a process before this one.
+            return []
+        kept = there[: known.lines - 1]
+        if checksum(kept) != known.checksum_before:
+            raise UserError(
+                f"{self._path} is damaged: its first {known.lines - 1} lines are not those that it held when the "
+                "checkpoint to go on from was saved. Put it back as it was, or move the file away to go on without "
+                "what it says."
             )
-        if checksum(self._kept) != before:
-            return f"a line before that of step {end} is another one than when a checkpoint was saved"
-        return None
+        return kept
 
     def _begin(self) -> TextIO:
         atomic.write_text(self._path, _text(self._kept))
@@ -246,10 +245,10 @@ def check_installed(config: LoggingConfig) -> None:
             )
 
 
-def open_sinks(run: Run, folder: Path, step: int, lines: int, last: Record, before: int) -> list[Sink]:
-    """The sinks that the config asks for; JSONL always, which see for `lines`, `last` and `before`."""
+def open_sinks(run: Run, folder: Path, step: int, known: Known) -> list[Sink]:
+    """The sinks that the config asks for, from a step on; JSONL always."""
     config: LoggingConfig = run.logging
-    sinks: list[Sink] = [JsonLines(folder, step, lines, last, before)]
+    sinks: list[Sink] = [JsonLines(folder, step, known)]
     if config.tensorboard:
         sinks.append(TensorBoard(folder, step))
     if config.wandb is not None:

@@ -248,19 +248,23 @@ class Trial:
         elif found := re.search(r"Delete the folder (\S+)|checkpoint (\S+) cannot be read: .*delete it", message):
             shutil.rmtree(self._own(found[1] or found[2]))
         elif found := re.search(r"(\S+?)(?::\d+)? is damaged: .*[Mm]ove (?:it|the file) away", message):
-            self._give_up(self._own(found[1]))
+            self._restore(self._own(found[1]))
         elif re.search(r"written|cannot be used|cannot be kept|is a file; expected a folder", message):
             self._fault.undo(self._trainee)
             self._fault.undo = lambda trainee: None
         else:
             self.why = f"the message does not say what to do: {message}"
 
-    def _give_up(self, path: Path) -> None:
-        if path.name == METRICS and self._draw.random() < 0.5:
+    def _restore(self, path: Path) -> None:
+        """A damaged file is moved away; metrics.jsonl is put back perhaps, for its lines would be given up."""
+        if path.name != METRICS:
+            path.unlink()
+        elif not self._fault.damages_metrics:
+            self.why = f"{path} is said to be damaged, and it was not"
+        elif self._draw.random() < 0.5:
             self._fault.undo(self._trainee)
-            return
-        path.unlink()
-        if path.name == METRICS:
+        else:
+            path.unlink()
             self._lines_from = max(self._trainee.saved(), default=0)
 
     def _own(self, path: str) -> Path:

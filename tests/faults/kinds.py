@@ -28,13 +28,14 @@ class Whole:
 @dataclass
 class Fault:
     """One fault. prepare: before the first start, which is `first`; damage: after it; undo: what a person does who
-    reads that a folder cannot be written, or what was damaged can be put back."""
+    reads that a folder cannot be written, or that metrics.jsonl is damaged."""
 
     detail: str
     first: Callable[[Trainee], Ended] = Trainee.to_its_end
     prepare: Callable[[Trainee], None] = lambda trainee: None
     damage: Callable[[Trainee], str] = lambda trainee: ""
     undo: Callable[[Trainee], None] = lambda trainee: None
+    damages_metrics: bool = False
 
 
 Kind = Callable[[random.Random, Whole], Fault]
@@ -300,15 +301,15 @@ def damaged_small_file(draw: random.Random, _: Whole) -> Fault:
 def damaged_metrics(draw: random.Random, _: Whole) -> Fault:
     """The end of metrics.jsonl is cut or zeros, as by a machine that loses power, or any line has another byte."""
 
-    before: list[bytes] = []
+    whole: list[bytes] = []
 
     def put_back(trainee: Trainee) -> None:
-        (trainee.run / METRICS).write_bytes(before[0])
+        (trainee.run / METRICS).write_bytes(whole[0])
 
     def hurt(trainee: Trainee) -> str:
         path = trainee.run / METRICS
         content = path.read_bytes()
-        before.append(content)
+        whole.append(content)
         start = content.rstrip(b"\n").rfind(b"\n") + 1
         how = draw.choice(["cut", "zeros", "changed", "changed"])
         place = draw.randrange(0 if how == "changed" else start, len(content))
@@ -323,4 +324,5 @@ def damaged_metrics(draw: random.Random, _: Whole) -> Fault:
     point, count, delay = draw.choice(
         [("checkpoint", 2, 1.0), ("checkpoint", 3, 1.0), ("step", 4, 0.5), ("plots", 1, 0.0)]
     )
-    return Fault(f"after a kill at {point} {count}", killed_at(point, count, delay), damage=hurt, undo=put_back)
+    detail = f"after a kill at {point} {count}"
+    return Fault(detail, killed_at(point, count, delay), damage=hurt, undo=put_back, damages_metrics=True)

@@ -67,6 +67,17 @@ def test_what_is_not_the_same_is_seen(damage: Callable[[Path], None], told: str,
     assert found.startswith(told)
 
 
+def test_lines_may_be_given_up(whole: Path, tmp_path: Path) -> None:
+    ours = tmp_path / "run"
+    shutil.copytree(whole, ours)
+    path = ours / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[-3:]))
+    assert difference(ours, whole, exactly=True, lines_from=4) is None
+    assert difference(ours, whole, exactly=True, lines_from=3) == "metrics.jsonl has steps [4, 5, 6]"
+    lose_a_line(ours)
+    assert difference(ours, whole, exactly=True, lines_from=4) == "metrics.jsonl has steps [4, 5]"
+
+
 def test_a_clear_error_is_one_paragraph_of_every_process() -> None:
     clear = "loading …\nerror: output_dir run cannot be used.\n"
     assert Ended((2, 2), (clear, clear), 1.0).told == "error: output_dir run cannot be used."

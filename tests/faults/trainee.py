@@ -218,8 +218,7 @@ def difference(ours: Path, theirs: Path, exactly: bool, lines_from: int = 0) -> 
             if (theirs / name).exists() and (ours / name).read_bytes() != (theirs / name).read_bytes():
                 return f"{name} differs"
         mine, others = (json.loads((run / "summary.json").read_text()) for run in (ours, theirs))
-        names = [name for name in SUMMARY if not (name == "before" and lines_from)]
-        if differing := [name for name in names if mine.get(name) != others.get(name)]:
+        if differing := [name for name in SUMMARY if mine.get(name) != others.get(name)]:
             return f"summary.json: {', '.join(differing)}"
     return None
 

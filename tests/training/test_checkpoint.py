@@ -20,10 +20,10 @@ from jaxpo.config import MeshConfig, OptimizerConfig, TrainingConfig
 from jaxpo.errors import UserError
 from jaxpo.models.checksums import checksum
 from jaxpo.models.decoder import Decoder, abstract_decoder
-from jaxpo.training.checkpoint import FOLDER, Beside, Checkpoints, latest_step, restore_decoder, seal
+from jaxpo.seal import seal
+from jaxpo.training.checkpoint import FOLDER, Checkpoints, latest_step, restore_decoder
 from jaxpo.training.loop import Progress
 from jaxpo.training.mesh import Layout, make_mesh
-from jaxpo.training.metrics import JsonLines
 from jaxpo.training.optimizer import make_optimizer
 from jaxpo.training.step import TrainState
 
@@ -134,31 +134,46 @@ def test_the_best_is_kept_besides(tmp_path: Path, mode: str, best: int) -> None:
     config = {"keep_checkpoints": 2, "best_metric": "eval_accuracy", "best_mode": mode}
     save(tmp_path, SMALL, steps, **config)
     assert steps_on_disk(tmp_path) == [best, 6, 7]
-    sink = JsonLines(tmp_path, 0)
-    for step, metrics in steps.items():
-        sink.write(step, metrics)
-    # A run that was killed has gone further than what it has saved; it will come there again.
-    sink.write(8, {"eval_accuracy": 1.0 if mode == "max" else 0.0})
-    sink.close()
     with Checkpoints(tmp_path, TrainingConfig(**config)) as checkpoints:
-        assert checkpoints.best() == best
         assert checkpoints.latest() == 7
+        checkpoints.restore(7, SMALL)
+        assert checkpoints.best() == best
+        assert checkpoints.metrics(best) == steps[best]
         checkpoints.save(8, SMALL, {}, {})
         assert checkpoints.best() == best
-        checkpoints.rank(8, {"eval_accuracy": 0.95 if mode == "max" else 0.1})
+        checkpoints.learn(8, {"eval_accuracy": 0.95 if mode == "max" else 0.1})
         assert checkpoints.best() == 8
 
 
-def test_the_best_is_known_without_metrics_jsonl(tmp_path: Path) -> None:
-    """A checkpoint knows the metrics of its step; what is damaged is no candidate."""
-    config = {"best_metric": "eval_accuracy", "keep_every": 1}
-    save(tmp_path, SMALL, {n: {"eval_accuracy": a} for n, a in enumerate((0.9, 0.8, 0.7), 1)}, **config)
-    with Checkpoints(tmp_path, TrainingConfig(**config)) as checkpoints:
-        assert checkpoints.best() == 1
-    path = tmp_path / FOLDER / "1" / "progress" / "metadata"
-    path.write_text(path.read_text().replace("0.9", "0.1"))
-    with Checkpoints(tmp_path, TrainingConfig(**config)) as checkpoints:
-        assert checkpoints.best() == 2
+def test_what_is_learnt_after_a_save_is_kept_with_the_next(tmp_path: Path) -> None:
+    """SIGTERM leaves an evaluation out, and the resumed run makes up for it."""
+    config = TrainingConfig(best_metric="eval_loss", keep_checkpoints=1)
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.learn(0, {"eval_loss": 0.7})
+        checkpoints.save(4, SMALL, {}, {"loss": 0.6})
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.restore(4, SMALL)
+        assert checkpoints.best() is None
+        checkpoints.learn(4, {"eval_loss": 0.1})
+        checkpoints.save(6, SMALL, {}, {"eval_loss": 0.3})
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.restore(6, SMALL)
+        assert checkpoints.best() == 4
+        assert [checkpoints.metrics(n) for n in (0, 4)] == [{"eval_loss": 0.7}, {"loss": 0.6, "eval_loss": 0.1}]
+        checkpoints.save(8, SMALL, {}, {"eval_loss": 0.2})
+    assert steps_on_disk(tmp_path) == [4, 8]
+
+
+def test_a_checkpoint_of_another_version_is_told(tmp_path: Path) -> None:
+    save(tmp_path, SMALL, {5: {}})
+    path = tmp_path / FOLDER / "5" / "progress" / "metadata"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(seal({"progress": written["progress"], "checksums": written["checksums"]})))
+    with (
+        Checkpoints(tmp_path, TrainingConfig()) as checkpoints,
+        pytest.raises(UserError, match="5 was written by another version of jaxpo"),
+    ):
+        checkpoints.restore(5, SMALL)
 
 
 def test_of_equally_good_steps_the_last_is_the_best(tmp_path: Path) -> None:
@@ -271,8 +286,7 @@ def test_a_changed_weight_is_told_when_the_decoder_is_read_alone(
     path = tmp_path / FOLDER / "5" / "progress" / "metadata"
     progress = json.loads(path.read_text())
     progress["checksums"]["decoder.embedding.value"] ^= 1
-    del progress["crc32"]
-    path.write_text(json.dumps(seal(Beside(**progress))))
+    path.write_text(json.dumps(seal({name: value for name, value in progress.items() if name != "crc32"})))
     with pytest.raises(UserError, match=f"{tmp_path / FOLDER / '5'} cannot be read: decoder.embedding.value changed"):
         restore_decoder(tmp_path, 5, wanted)
 

@@ -13,7 +13,7 @@ import pytest
 from jaxpo.batch import Metric, direction
 from jaxpo.config import AdaptiveBeta, ControlConfig, EarlyStop
 from jaxpo.training.control import Control, Stop, Watch, logged
-from jaxpo.training.metrics import JsonLines, Record, read
+from jaxpo.training.metrics import JsonLines, Known, Record, read
 
 BAND = AdaptiveBeta(kl_low=1.0, kl_high=2.0, rate=0.1, limit=1.5)
 
@@ -172,7 +172,7 @@ def test_what_was_seen_follows_from_the_file_alone(tmp_path: Path, at: int) -> N
     """Resumed after any line, with a value that JSON has no number for among them."""
     config = ControlConfig(early_stop=EarlyStop(metric="eval_loss", mode="min", patience=2))
     values = (0.1 + 0.2, 0.3, float("nan"), 1 / 3, 0.1, 0.1, 0.2)
-    sink = JsonLines(tmp_path, 0)
+    sink = JsonLines(tmp_path, 0, Known(0, {}, 0))
     for step, line in evaluations(*values)[: at + 1]:
         sink.write(step, line)
     sink.close()

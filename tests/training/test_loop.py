@@ -102,7 +102,7 @@ class Trial:
             if first:
                 state, saved = checkpoints.restore(first, state)
                 progress = Progress(**saved)
-            sink = JsonLines(self.folder, first)
+            sink = JsonLines(self.folder, first, progress.known)
 
             def evaluate(decoder: Decoder, carry: Carry) -> dict[str, Any]:
                 self.evaluations.append(1)
@@ -411,6 +411,7 @@ def test_a_step_evaluated_after_a_signal_can_be_the_best(trial: Trial, tmp_path:
     trial.run()
     assert trial.saved == [3, 6]
     with Checkpoints(trial.folder, trial.config) as checkpoints:
+        checkpoints.restore(6, trial.start())
         assert checkpoints.best() == 3
 
 
@@ -423,7 +424,7 @@ def test_a_checkpoint_knows_the_lines_before_it(trial: Trial) -> None:
             progress = Progress(**checkpoints.restore(step, saving.start())[1])
             written = [r for r in lines(trial.folder) if r["step"] <= step]
             assert (progress.lines, progress.line) == (count, written[-1]) == (len(written), written[-1])
-            assert progress.before == checksum(written[:-1])
+            assert progress.checksum_before == checksum(written[:-1])
 
 
 def test_progress_comes_back_from_json_as_it_was() -> None:
@@ -436,7 +437,7 @@ def test_progress_comes_back_from_json_as_it_was() -> None:
         window={"loss": [1.1, 3.0]},
         lines=2,
         line={"step": 2, "loss": 1 / 3, "eval_loss": None},
-        before=7,
+        checksum_before=7,
     )
     assert Progress(**json.loads(json.dumps(asdict(progress)))) == progress
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpo.batch import Metric
 from jaxpo.errors import UserError
-from jaxpo.training.metrics import FILE, JsonLines, Record, checksum, means, read, total
+from jaxpo.training.metrics import FILE, JsonLines, Known, Record, checksum, means, read, total
 
 
 def metric(total: float, weight: float) -> Metric:
@@ -39,20 +39,20 @@ def lines(folder: Path) -> list[dict[str, float | None]]:
 
 
 def write_steps(folder: Path, first: int, last: int, run: int) -> None:
-    sink = JsonLines(folder, first)
+    sink = JsonLines(folder, first, known(first))
     for step in range(first, last):
         sink.write(step + 1, {"loss": float(run)})
     sink.close()
 
 
-def known(step: int) -> tuple[Record, int]:
-    """What a checkpoint knows of the lines of `write_steps`: that of its step, and the checksum of those before."""
+def known(step: int) -> Known:
+    """What a checkpoint of a step knows of the lines of `write_steps`, run 1."""
     records: list[Record] = [{"step": n, "loss": 1.0} for n in range(1, step + 1)]
-    return records[-1], checksum(records[:-1])
+    return Known(step, records[-1] if records else {}, checksum(records[:-1]))
 
 
 def test_each_line_is_on_disk_once_written(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path, 0)
+    sink = JsonLines(tmp_path, 0, known(0))
     sink.write(1, {"loss": 0.5, "eval_loss": None})
     assert lines(tmp_path) == [{"step": 1, "loss": 0.5, "eval_loss": None}]
     sink.write(2, {"loss": np.inf, "grad_norm": np.nan})
@@ -77,7 +77,7 @@ def test_a_resumed_run_drops_later_lines_and_writes_them_again(tmp_path: Path) -
 def test_a_run_that_starts_again_from_the_beginning_writes_step_0_once(tmp_path: Path) -> None:
     """A run that is killed before its first checkpoint has evaluated already, as step 0."""
     for run in (1, 2):
-        sink = JsonLines(tmp_path, 0)
+        sink = JsonLines(tmp_path, 0, known(0))
         sink.write(0, {"eval_loss": float(run)})
         sink.write(1, {"loss": float(run)})
         sink.close()
@@ -105,7 +105,7 @@ def test_a_damaged_line_is_an_error_that_names_it(tmp_path: Path, damage: bytes)
     first, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, damage, *rest]))
     with pytest.raises(UserError, match=f"^{path}:2 is damaged: "):
-        JsonLines(tmp_path, 3)
+        JsonLines(tmp_path, 3, known(3))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -122,7 +122,7 @@ def test_the_last_line_before_a_checkpoint_is_put_back(tmp_path: Path, cut: int)
     path = tmp_path / FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    JsonLines(tmp_path, 3, 3, *known(3)).close()
+    JsonLines(tmp_path, 3, known(3)).close()
     assert path.read_bytes() == whole
 
 
@@ -131,11 +131,11 @@ def test_the_last_line_before_a_checkpoint_is_as_it_was_then(tmp_path: Path, cha
     """What was added to it since is added again, for it may be damaged."""
     write_steps(tmp_path, 0, 3, run=1)
     whole = (tmp_path / FILE).read_bytes()
-    sink = JsonLines(tmp_path, 3)
+    sink = JsonLines(tmp_path, 3, known(3))
     sink.write(3, change)
     sink.close()
     assert (tmp_path / FILE).read_bytes() != whole
-    JsonLines(tmp_path, 3, 3, *known(3)).close()
+    JsonLines(tmp_path, 3, known(3)).close()
     assert (tmp_path / FILE).read_bytes() == whole
 
 
@@ -149,17 +149,17 @@ def test_a_line_that_was_changed_is_told(tmp_path: Path) -> None:
     for place in range(start, end):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match=f"^{path}:3 is damaged|^{path} is damaged: ") as error:
-            JsonLines(tmp_path, 4, 4, *known(4))
-        told += "a line before that of step 4 is another one" in str(error.value)
+            JsonLines(tmp_path, 4, known(4))
+        told += "its first 3 lines are not those that it held" in str(error.value)
     assert told > 5
 
 
 def test_a_checkpoint_before_the_first_logged_step_knows_the_evaluation(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path, 0)
+    sink = JsonLines(tmp_path, 0, known(0))
     sink.write(0, {"eval_loss": 1.0})
     sink.write(3, {"eval_loss": 0.5})
     sink.close()
-    JsonLines(tmp_path, 3, 1, {"step": 0, "eval_loss": 1.0}).close()
+    JsonLines(tmp_path, 3, Known(1, {"step": 0, "eval_loss": 1.0}, 0)).close()
     assert lines(tmp_path) == [{"step": 0, "eval_loss": 1.0}]
 
 
@@ -168,19 +168,21 @@ def test_lines_that_are_lost_are_told(tmp_path: Path) -> None:
     path = tmp_path / FILE
     first, _, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([first, *rest]))
-    with pytest.raises(UserError, match=f"^{path} is damaged: it held 4 lines up to step 4 .* it holds 3"):
-        JsonLines(tmp_path, 4, 4, *known(4))
+    with pytest.raises(UserError, match=f"^{path} is damaged: its first 3 lines are not those that it held"):
+        JsonLines(tmp_path, 4, known(4))
     assert len(lines(tmp_path)) == 4
     path.unlink()
-    JsonLines(tmp_path, 4, 4, *known(4)).close()
-    assert lines(tmp_path) == [{"step": 4, "loss": 1.0}]
+    for _ in range(2):
+        # Killed before its next checkpoint, a run comes here again.
+        JsonLines(tmp_path, 4, known(4)).close()
+        assert lines(tmp_path) == [{"step": 4, "loss": 1.0}]
 
 
 def test_an_error_of_a_write_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    sink = JsonLines(tmp_path, 0)
+    sink = JsonLines(tmp_path, 0, known(0))
     sink.write(1, {"loss": 1.0})
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
