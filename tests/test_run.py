@@ -59,8 +59,10 @@ def train(configured: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Tr
 @pytest.fixture(scope="module")
 def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished DPO run; not to be changed."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    return run.train(config_file.load(tiny / "dpo.yaml", [f"output_dir={out}", *SAMPLES]))
+    folder = tmp_path_factory.mktemp("finished")
+    # Its own table: another test may have filled that of `tiny`.
+    places = [f"output_dir={folder / 'run'}", f"reference.cache_dir={folder / 'reference'}"]
+    return run.train(config_file.load(tiny / "dpo.yaml", [*places, *SAMPLES]))
 
 
 SAMPLES = ("samples.prompts=2", "samples.max_new_tokens=4")
