@@ -48,6 +48,7 @@ class OtherVersionError(Exception):
 
 
 def as_json(beside: Beside) -> dict[str, Any]:
+    """With the version and a checksum of all of it."""
     return seal({"version": VERSION, **beside._asdict()})
 
 

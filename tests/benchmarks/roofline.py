@@ -142,7 +142,7 @@ def main() -> None:
             "flops_per_byte": piece.flops / piece.bytes,
             "of_the_roof": piece.flops / took / min(peak, bandwidth * piece.flops / piece.bytes),
         }
-        print(name, {key: round(value, 3) for key, value in report[name].items()})
+        print(name, {key: round(float(value), 3) for key, value in report[name].items()})
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     draw(report, list(pieces), arguments.png)
